@@ -1,0 +1,146 @@
+"""On ordinary data every dtype is within the error budget that rounding its inputs and outputs makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallelflow.testing import Sizes, error_budget, relative_error, round_inputs
+from tests.cases import AGGREGATES, MODELS, SOLVERS, STRUCTURES, by_name, gradients, require_grad
+
+SIZES = Sizes(batch=1, length=150, heads=1, value_heads=2, key_size=24, value_size=16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def data(model, dtype):
+    inputs = model.inputs(SIZES)
+    return {name: x.float().double() for name, x in inputs.items()} if dtype == torch.float32 else inputs
+
+
+def check(actual, budget, names):
+    for name, x, reference, allowed in zip(names, actual, budget.reference, budget.allowed, strict=True):
+        assert x.isfinite().all(), name
+        error = relative_error(x, reference)
+        assert error <= allowed, f"{name} off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def recurrence_of(model):
+    def recurrence(tensors, dtype):
+        result = model.oracle(tensors, dtype=dtype)
+        return result.output, result.final_state
+
+    return recurrence
+
+
+@pytest.mark.parametrize("keep", [(), ("beta", "log_decay")], ids=["all", "float32-gates"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", MODELS, ids=by_name)
+def test_within_the_budget(model, dtype, keep):
+    inputs = data(model, dtype)
+    if keep and (dtype == torch.float32 or not set(keep) & set(inputs)):
+        pytest.skip("the same as without float32 gates")
+    budget = error_budget(recurrence_of(model), inputs, dtype, keep=keep)
+    result = model(round_inputs(inputs, dtype, keep=keep), return_final_state=True)
+    assert result.output.dtype == dtype and result.final_state.dtype == torch.float32
+    check((result.output, result.final_state), budget, ("output", "final state"))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_choice_within_the_budget(solver, aggregate):
+    for model in STRUCTURES:
+        dtype = torch.bfloat16 if solver == "sigdelta" else torch.float32
+        inputs = data(model, dtype)
+        budget = error_budget(recurrence_of(model), inputs, dtype)
+        result = model(round_inputs(inputs, dtype), return_final_state=True, solver=solver, aggregate=aggregate, chunk_size=32)
+        check((result.output, result.final_state), budget, (f"{model.name} output", f"{model.name} final state"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_gradients_within_the_budget(model, dtype):
+    """The budget of a gradient: the recurrence's gradient at rounded inputs and rounded upstream gradient, rounded."""
+    inputs = data(model, dtype)
+    generator = torch.Generator().manual_seed(5)
+    upstream = torch.randn(model.oracle(inputs).output.shape, generator=generator, dtype=torch.float64)
+    if dtype == torch.float32:
+        upstream = upstream.float().double()
+
+    def recurrence(tensors, dtype):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+        output = model.oracle(leaves, dtype=dtype).output
+        given = upstream.to(next(iter(tensors.values())).dtype)  # rounded as the inputs are
+        return torch.autograd.grad(output, list(leaves.values()), given.to(dtype))
+
+    reference = recurrence(inputs, torch.float64)
+    rounded = round_inputs(inputs, dtype)
+    working = torch.float32 if dtype == torch.float32 else torch.float64
+    alone = recurrence(rounded, working)
+    leaves = require_grad(rounded)
+    actual = torch.autograd.grad(model(leaves).output, list(leaves.values()), upstream.to(dtype))
+    for name, got, wanted, floor in zip(inputs, actual, reference, alone, strict=True):
+        allowed = max(2 * relative_error(floor.to(dtype), wanted), 1e-6)
+        error = relative_error(got, wanted)
+        assert got.dtype == dtype
+        assert error <= allowed, f"d {name} off by {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=by_name)
+def test_float64_stays_float64(model):
+    result = model(model.inputs(SIZES), return_final_state=True)
+    assert result.output.dtype == result.final_state.dtype == torch.float64
+
+
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_initial_state_keeps_its_precision(model):
+    """A float64 state beside float32 inputs is computed in float64; a float32 one beside bfloat16 is not rounded."""
+    inputs = model.inputs(SIZES, dtype=torch.float32)
+    state = model.initial_state(SIZES)
+    wide = model(inputs, initial_state=state, return_final_state=True)
+    assert wide.output.dtype == torch.float32 and wide.final_state.dtype == torch.float64
+    assert relative_error(wide.final_state, model.oracle(inputs, initial_state=state).final_state) < 1e-12
+    narrow = round_inputs(inputs, torch.bfloat16)
+    result = model(narrow, initial_state=state.float(), return_final_state=True)
+    expected = model.oracle(narrow, initial_state=state.float()).final_state
+    assert relative_error(result.final_state, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_narrow_inputs_are_computed_in_float32(model, dtype):
+    """The final state of rounded inputs, against float64 on the same rounded inputs: float32 accuracy, not half."""
+    rounded = round_inputs(model.inputs(SIZES), dtype)
+    result = model(rounded, return_final_state=True)
+    assert relative_error(result.final_state, model.oracle(rounded).final_state) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_autocast_does_not_touch_the_arithmetic(model, dtype):
+    """Under autocast the products inside stay in float32, forward and backward; the output's dtype is a plain one."""
+    inputs = require_grad(model.inputs(SIZES, dtype=torch.float32))
+    plain = model(inputs, return_final_state=True)
+    expected = gradients([plain.output], inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        result = model(inputs, return_final_state=True)
+        narrow = model(round_inputs(inputs, dtype), return_final_state=True)
+    assert narrow.output.dtype == dtype and narrow.final_state.dtype == torch.float32
+    assert result.final_state.dtype == torch.float32
+    assert result.output.dtype in (torch.float32, dtype)
+    tolerance = 1e-5 if result.output.dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    assert relative_error(result.output, plain.output) < tolerance
+    assert relative_error(result.final_state, plain.final_state) < tolerance
+    for name, got in gradients([result.output.float()], inputs).items():
+        assert relative_error(got, expected[name]) < max(tolerance, 1e-4), name
+
+
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_autocast_takes_what_layers_hand_over(model):
+    """Projections in bfloat16 beside float32 gates, as autocast leaves them, forward and backward."""
+    inputs = model.inputs(SIZES, dtype=torch.float32)
+    tensors = require_grad(round_inputs(inputs, torch.bfloat16, keep=("beta", "log_decay")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model(tensors)
+    result.output.float().sum().backward()
+    assert all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in tensors.values())
