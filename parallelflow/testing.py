@@ -40,6 +40,9 @@ class Sizes(NamedTuple):
     rows: int = 2
 
 
+SIZES = Sizes()
+"""Small, with several chunks of 4 and a part of one."""
+
 KEY = "B T H K"
 ROW_KEY = "B T R H K"
 VALUE = "B T HV V"
@@ -101,7 +104,7 @@ def _unit(tensor: Tensor) -> Tensor:
 
 def make_inputs(
     model: str,
-    sizes: Sizes = Sizes(),
+    sizes: Sizes = SIZES,
     *,
     decay: str | None = None,
     dtype: torch.dtype = torch.float64,

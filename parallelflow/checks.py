@@ -1,0 +1,90 @@
+"""Exceptions that name the argument, what came, and what is expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def show(tensor: Tensor) -> str:
+    """A tensor's shape, as it is written in messages."""
+    return str(list(tensor.shape))
+
+
+def expect_tensor(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
+def expect_floating(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a tensor of a floating-point dtype."""
+    expect_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
+
+
+def expect_rank(name: str, value: Tensor, layout: str, *ranks: int) -> None:
+    """ValueError unless the tensor has one of these numbers of axes."""
+    if value.ndim not in ranks:
+        raise ValueError(f"{name}: got shape {show(value)} with {value.ndim} axes, expected {layout}")
+
+
+def expect_shape(name: str, value: Tensor, layout: str, shape: Iterable[int]) -> None:
+    """ValueError unless the tensor has exactly this shape."""
+    expected = list(shape)
+    if list(value.shape) != expected:
+        raise ValueError(f"{name}: got shape {show(value)}, expected {layout} = {expected}")
+
+
+def expect_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """ValueError unless ``value`` is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """'; did you mean …?' where one of the choices is close, else nothing."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def expect_positive_integer(name: str, value: object) -> None:
+    """TypeError or ValueError unless ``value`` is an int ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: got {value!r}, expected a positive integer")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected a positive integer")
+
+
+def check_layouts(**tensors: tuple[Tensor | None, str]) -> None:
+    """Every tensor against its layout, such as ``"B T H K"``: a letter stands for one size throughout, bound where it is
+    first met; ``"H|HV"`` is either. None is skipped.
+
+    Raises:
+        TypeError: for what is not a floating-point tensor.
+        ValueError: for a wrong number of axes or a size that differs, naming the argument.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, layout) in tensors.items():
+        if tensor is None:
+            continue
+        expect_floating(name, tensor)
+        letters = layout.split()
+        shown = f"[{', '.join(letters)}]"
+        expect_rank(name, tensor, shown, len(letters))
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            choices = letter.split("|")
+            if len(choices) == 1:
+                sizes.setdefault(letter, size)
+            if size not in [sizes[choice] for choice in choices]:
+                expected = ", ".join(str(sizes.get(each, each)) for each in letters)
+                raise ValueError(f"{name}: got shape {show(tensor)}, expected {shown} = [{expected}]")
+    heads, value_heads = sizes.get("H"), sizes.get("HV")
+    if heads is not None and value_heads is not None and (heads == 0 or value_heads % heads):
+        raise ValueError(f"value: got {value_heads} heads, expected a multiple of the query's {heads}")

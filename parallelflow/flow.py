@@ -1,0 +1,109 @@
+"""The flow of an affine system: ``S_t = P S_s + H``, and how flows compose.
+
+Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallelflow.lanes import Lanes
+
+
+class Flow(NamedTuple):
+    """``S -> P S + H`` on states ``S [..., K, V]``.
+
+    ``transition`` (P) is as small as the driver allows, told by its number of axes:
+
+    * ``[...]``: a scalar (linear attention, RetNet, Mamba-2),
+    * ``[..., K]``: a diagonal (gated linear attention),
+    * ``[..., K, K]``: dense (everything with reads).
+
+    ``source`` (H) is ``[..., K, V]``. All leading axes are batch axes.
+    """
+
+    transition: Tensor
+    source: Tensor
+
+    def apply(self, state: Tensor) -> Tensor:
+        """``P S + H``."""
+        return _act(self.transition, state, self.source.ndim) + self.source
+
+    def then(self, later: Flow) -> Flow:
+        """This flow first, ``later`` second: ``(P2 P1, P2 H1 + H2)``. Mixed kinds of P give the larger kind."""
+        rank = self.source.ndim
+        first, second = self.transition, later.transition
+        if second.ndim < first.ndim:  # P2 scalar or diagonal acting on the columns of a larger P1
+            second = second.reshape(second.shape + (1,) * (first.ndim - second.ndim))
+            transition = second * first
+        elif first.ndim < second.ndim:  # P1 scales P2, or P2's columns
+            if first.ndim == rank - 1:
+                transition = second * first.unsqueeze(-2)
+            else:
+                transition = second * first.reshape(first.shape + (1,) * (second.ndim - first.ndim))
+        elif first.ndim == rank:
+            transition = second @ first
+        else:
+            transition = second * first
+        return Flow(transition, later.apply(self.source))
+
+    def __getitem__(self, index) -> Flow:  # type: ignore[override]
+        return Flow(self.transition[index], self.source[index])
+
+    @staticmethod
+    def identity(like: Flow) -> Flow:
+        """``(I, 0)`` in the kind, shape, dtype and device of ``like``."""
+        transition = torch.ones_like(like.transition)
+        if like.transition.ndim == like.source.ndim:
+            transition = torch.diag_embed(torch.ones_like(like.transition[..., 0]))
+        return Flow(transition, torch.zeros_like(like.source))
+
+
+def compose(first: Flow, second: Flow) -> Flow:
+    """The flow over ``[s, u]`` from those over ``[s, t]`` and ``[t, u]`` (Chen's relation)."""
+    return first.then(second)
+
+
+def entry_states(flows: Flow, lanes: Lanes, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each flow, and after the last one, of every lane: an exclusive scan in log depth.
+
+    ``flows`` holds M flows along its first axis, ``lanes`` says which runs of them follow one another, ``initial``
+    ``[lanes, ..., K, V]`` is each lane's entry. Neighbours are composed in pairs, the half as long problem is solved,
+    and the states between are filled in: 2M compositions and applications in 2 log2(longest lane) dependent stages.
+    Lanes are never mixed, so a NaN in one stays there.
+
+    Returns ``(entries [M, ..., K, V], final [lanes, ..., K, V])``.
+    """
+    if max(lanes.lengths) == 1:
+        return initial, flows.apply(initial)
+    device = initial.device
+    first, second, alone = lanes.pairs()
+    pairs = compose(flows[_index(first, device)], flows[_index(second, device)])
+    halved, order = lanes.halve()
+    if alone:
+        leftover = flows[_index(alone, device)]
+        both = Flow(
+            torch.cat((pairs.transition, leftover.transition)),
+            torch.cat((pairs.source, leftover.source)),
+        )
+        pairs = both[_index(order, device)]
+    evens, final = entry_states(pairs, halved, initial)
+    heads = _index(lanes.heads(), device)  # the flows that start a pair or stand alone, in order
+    partners = _index([position for position, paired in enumerate(lanes.has_partner()) if paired], device)
+    odds = flows[_index(first, device)].apply(evens[partners])
+    entries = torch.cat((evens, odds))
+    places = torch.cat((heads, _index(second, device)))
+    return entries[torch.argsort(places)], final
+
+
+def _act(transition: Tensor, state: Tensor, rank: int) -> Tensor:
+    if transition.ndim == rank:
+        return transition @ state
+    return transition.reshape(transition.shape + (1,) * (rank - transition.ndim)) * state
+
+
+def _index(places: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.long, device=device)

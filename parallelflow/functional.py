@@ -1,0 +1,340 @@
+"""Every model as a function of its tensors: a driver, integrated.
+
+All take ``query, key [B, T, H, K]`` and ``value [B, T, HV, V]`` (HV a multiple of H: value head h reads key head
+``h // (HV // H)``) and return ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``. ``**options`` are those of
+``Options``: ``integrate``'s, and ``normalize_query_key``, which divides query and keys by their norm,
+``x · rsqrt(Σ x² + 1e-6)``. Log-decays are natural and ≤ 0; -inf resets the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from parallelflow import drivers
+from parallelflow.checks import check_layouts, nearest
+from parallelflow.drivers.base import LowRankDriver, Order, Reads
+from parallelflow.integrate import Options as IntegrateOptions
+from parallelflow.integrate import Result, ResultWithStates, integrate
+
+
+class Options(IntegrateOptions, total=False):
+    """``integrate``'s options, and whether query and keys are divided by their norm first."""
+
+    normalize_query_key: bool
+
+
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, normalize: bool = False, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t + 1e-10)`` with ``z_t = Σ_{s≤t} k_s``, which is carried as one more
+    value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
+    Source: Katharopoulos, Vyas, Pappas and Fleuret 2020, arXiv 2006.16236.
+    """
+    check_layouts(query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"))
+    query, key = _prepare(query, key, options)
+    if not normalize:
+        return integrate(drivers.linear_attention(key, value), query, **options)
+    result = integrate(drivers.linear_attention(key, pad(value, (0, 1), value=1.0)), query, **options)
+    numerator, denominator = result.output[..., :-1], result.output[..., -1:]
+    return result._replace(output=numerator / (denominator + 1e-10))
+
+
+def retention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
+
+    Source: RetNet, Sun et al. 2023, arXiv 2307.08621.
+    """
+    check_layouts(
+        query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "HV")
+    )
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.retention(key, value, log_decay), query, **options)
+
+
+def lightning_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
+
+    Source: Lightning Attention, Qin et al. 2024, arXiv 2401.04658.
+    """
+    check_layouts(
+        query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "HV")
+    )
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.lightning_attention(key, value, log_decay), query, **options)
+
+
+def ssd(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``: Mamba-2 with C the query, B the key, dt·x the value.
+
+    ``value`` is already multiplied by dt; ``log_decay [B, T, HV]``; ``scale`` is 1 unless given.
+    Source: Mamba-2, Dao and Gu 2024, arXiv 2405.21060.
+    """
+    check_layouts(
+        query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "B T HV")
+    )
+    query, key = _prepare(query, key, options, scale=1.0)
+    return integrate(drivers.ssd(key, value, log_decay), query, **options)
+
+
+def gated_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [B, T, HV, K]``.
+
+    Source: GLA, Yang, Wang, Shen, Panda and Kim 2024, arXiv 2312.06635.
+    """
+    check_layouts(
+        query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "B T HV K")
+    )
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.gated_linear_attention(key, value, log_decay), query, **options)
+
+
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``beta [B, T, HV]``.
+
+    Source: DeltaNet, Yang, Wang, Zhang, Shen and Kim 2024, arXiv 2406.06484.
+    """
+    _check_delta(query, key, value, beta)
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.delta_rule(key, value, beta), query, **options)
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    ``beta``, ``log_decay`` ``[B, T, HV]``.
+    Source: Gated DeltaNet, Yang, Kautz and Hatamizadeh 2025, arXiv 2412.06464.
+    """
+    _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"))
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.gated_delta_rule(key, value, beta, log_decay), query, **options)
+
+
+def gated_delta_rule_2(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    **options: Unpack[Options],
+) -> Result | ResultWithStates:
+    """``S_t = (I - k_t (b_t ⊙ k_t)ᵀ) diag(e^{g_t}) S_{t-1} + k_t (w_t ⊙ v_t)ᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    ``erase`` (b) ``[B, T, HV, K]``, ``write`` (w) ``[B, T, HV, V]``, ``log_decay [B, T, HV, K]``.
+    Source: Gated DeltaNet-2, as in flash-linear-attention 0.6.0.
+    """
+    check_layouts(
+        query=(query, "B T H K"),
+        key=(key, "B T H K"),
+        value=(value, "B T HV V"),
+        erase=(erase, "B T HV K"),
+        write=(write, "B T HV V"),
+        log_decay=(log_decay, "B T HV K"),
+    )
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.gated_delta_rule_2(key, value, erase, write, log_decay), query, **options)
+
+
+def kimi_delta_attention(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """``S_t = (I - β_t k_t k_tᵀ) diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    ``beta [B, T, HV]``, ``log_decay [B, T, HV, K]``.
+    Source: Kimi Linear, Kimi Team 2025, arXiv 2510.26692.
+    """
+    _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV K"))
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.kimi_delta_attention(key, value, beta, log_decay), query, **options)
+
+
+def comba(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    removal_key: Tensor,
+    **options: Unpack[Options],
+) -> Result | ResultWithStates:
+    """``S_t = e^{g_t} S_{t-1} - β_t k_t p_tᵀ S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p) ``[B, T, H, K]``, which ``normalize_query_key`` normalises too.
+    Source: Comba, Hu, Pan et al. 2025, arXiv 2506.02475, as its published kernels compute it.
+    """
+    _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"), removal_key=(removal_key, "B T H K"))
+    if options.get("normalize_query_key"):
+        removal_key = _normalized(removal_key)
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.comba(key, value, beta, log_decay, removal_key), query, **options)
+
+
+def delta_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Result | ResultWithStates:
+    """``S ← e^{g_t} S``, then for j = 1 … R ``S ← (I - β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ``; ``o_t = scale · S_tᵀ q_t``.
+
+    ``key [B, T, R, H, K]``, ``value [B, T, R, HV, V]``, ``beta [B, T, R, HV]``, ``log_decay [B, T, HV]`` or None.
+    Source: DeltaProduct, Siems et al. 2025, arXiv 2502.10297.
+    """
+    check_layouts(
+        query=(query, "B T H K"),
+        key=(key, "B T R H K"),
+        value=(value, "B T R HV V"),
+        beta=(beta, "B T R HV"),
+        log_decay=(log_decay, "B T HV"),
+    )
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.delta_product(key, value, beta, log_decay), query, **options)
+
+
+def rwkv7(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    *,
+    read: Tensor,
+    write: Tensor,
+    **options: Unpack[Options],
+) -> Result | ResultWithStates:
+    """``S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``.
+
+    ``log_decay``, ``read`` (a), ``write`` (b) ``[B, T, HV, K]``; ``scale`` is 1 unless given.
+    Source: RWKV-7, Peng et al. 2025, arXiv 2503.14456.
+    """
+    check_layouts(
+        query=(query, "B T H K"),
+        key=(key, "B T H K"),
+        value=(value, "B T HV V"),
+        log_decay=(log_decay, "B T HV K"),
+        read=(read, "B T HV K"),
+        write=(write, "B T HV K"),
+    )
+    query, key = _prepare(query, key, options, scale=1.0)
+    return integrate(drivers.rwkv7(key, value, log_decay, read, write), query, **options)
+
+
+def longhorn(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """The delta rule with ``β / (1 + β‖k‖²)``; ``beta [B, T, HV]`` ≥ 0.
+
+    Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
+    """
+    _check_delta(query, key, value, beta)
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.longhorn(key, value, beta), query, **options)
+
+
+def efla(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
+    """The delta rule with ``(1 - e^{-β‖k‖²}) / ‖k‖²``, the exact flow; ``beta [B, T, HV]``.
+
+    Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
+    """
+    _check_delta(query, key, value, beta)
+    query, key = _prepare(query, key, options)
+    return integrate(drivers.efla(key, value, beta), query, **options)
+
+
+def low_rank_flow(
+    query: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    read: Tensor,
+    write: Tensor,
+    order: Order = "simultaneous",
+    reads: Reads = "decayed",
+    **options: Unpack[Options],
+) -> Result | ResultWithStates:
+    """``S ← diag(e^{g_t}) S``, then ``S ← S + Σ_j b_tj (a_tjᵀ S + u_tjᵀ)``; ``o_t = scale · S_tᵀ q_t``.
+
+    ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``, ``log_decay`` None, ``[B, T, HV]``
+    or ``[B, T, HV, K]``; ``order`` "simultaneous" or "sequential", ``reads`` "decayed" or "raw". There is no key to
+    normalise: ``normalize_query_key`` raises.
+    Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 3.
+    """
+    check_layouts(
+        query=(query, "B T H K"),
+        value=(value, "B T R HV V"),
+        read=(read, "B T R H|HV K"),
+        write=(write, "B T R H|HV K"),
+        log_decay=(log_decay, "B T HV" if log_decay is None or log_decay.ndim == 3 else "B T HV K"),
+    )
+    if options.get("normalize_query_key"):
+        raise ValueError("normalize_query_key: got True, expected False: low_rank_flow has no key")
+    query, _ = _prepare(query, query, options)
+    return integrate(drivers.low_rank_flow(value, log_decay, read, write, order, reads), query, **options)
+
+
+def _check_delta(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **more: tuple[Tensor, str]) -> None:
+    check_layouts(
+        query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), beta=(beta, "B T HV"), **more
+    )
+
+
+def _prepare(query: Tensor, key: Tensor, options: Any, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Refuses unknown options, takes those that are not ``integrate``'s, and sets the model's default scale."""
+    for name in options:
+        if name not in Options.__annotations__:
+            known = sorted(Options.__annotations__)
+            raise TypeError(f"{name}: unknown option{nearest(name, known)}; the options are {', '.join(known)}")
+    if scale is not None and options.get("scale") is None:
+        options["scale"] = scale
+    if options.pop("normalize_query_key", False):
+        return _normalized(query), _normalized(key)
+    return query, key
+
+
+def _normalized(vectors: Tensor) -> Tensor:
+    """``x · rsqrt(Σ x² + 1e-6)``, summed in at least float32."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(vectors.dtype)
+
+
+__all__ = [
+    "LowRankDriver",
+    "Options",
+    "comba",
+    "delta_product",
+    "delta_rule",
+    "efla",
+    "gated_delta_rule",
+    "gated_delta_rule_2",
+    "gated_linear_attention",
+    "kimi_delta_attention",
+    "lightning_attention",
+    "linear_attention",
+    "longhorn",
+    "low_rank_flow",
+    "retention",
+    "rwkv7",
+    "ssd",
+]

@@ -1,0 +1,253 @@
+"""The one place that puts the choices together: a driver, its discretised time, a solver, an aggregate, a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from parallelflow.aggregate import AGGREGATES
+from parallelflow.autograd import run
+from parallelflow.checks import expect_choice, expect_positive_integer, expect_tensor, show
+from parallelflow.drivers.base import Factor, LowRankDriver, Row
+from parallelflow.problem import Inputs, Traits, canonical, sizes_of
+from parallelflow.solvers import SOLVERS
+from parallelflow.torch_backend import Plan
+
+BACKENDS = ("auto", "torch")
+
+
+class Result(NamedTuple):
+    """``output [B, T, HV, V]`` in the query's dtype; ``final_state [N, HV, K, V]``, at least float32, or None."""
+
+    output: Tensor
+    final_state: Tensor | None
+
+
+class ResultWithStates(NamedTuple):
+    """A ``Result``, and ``states [B, P, HV, K, V]`` after the requested numbers of tokens."""
+
+    output: Tensor
+    final_state: Tensor | None
+    states: Tensor
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of ``integrate``, taken by every model; ``functional`` adds its own. See ``integrate``."""
+
+    scale: float | None
+    initial_state: Tensor | None
+    return_final_state: bool
+    cu_seqlens: Tensor | None
+    cu_seqlens_cpu: Tensor | None
+    chunk_size: int
+    solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
+    aggregate: Literal["sequential", "associative", "segmented"]
+    backend: Literal["auto", "torch"]
+    state_positions: Sequence[int] | None
+    validate: bool | None
+
+
+def integrate(
+    driver: LowRankDriver,
+    query: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int = 64,
+    solver: str = "tensor_inverse",
+    aggregate: str = "sequential",
+    backend: str = "auto",
+    state_positions: Sequence[int] | None = None,
+    validate: bool | None = None,
+) -> Result | ResultWithStates:
+    """``o_t = scale · S_tᵀ q_t`` along the flow of ``driver``, all tokens at once.
+
+    Args:
+        driver: the model's rows and decay.
+        query: ``[B, T, H, K]``; its dtype is the output's.
+        scale: None is ``K^-½``.
+        initial_state: ``[N, HV, K, V]``, float32 or float64; None is zero. N is B, or the number of packed sequences.
+        return_final_state: whether to return the state after each sequence's last token.
+        cu_seqlens: ``[N + 1]`` int32 or int64, the packed sequences' first tokens, then T; B must be 1. An empty
+            sequence keeps its initial state.
+        cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation.
+        chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
+        solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
+        aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
+        backend: ``auto`` (the fastest that fits) or ``torch``.
+        state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
+        validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
+            the host; None checks eagerly on the CPU only.
+
+    Returns:
+        ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``; with ``state_positions`` a
+        ``ResultWithStates``. All differentiable, twice in eager mode. States and sums are in the widest input dtype, at
+        least float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+
+    Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492).
+    """
+    if not isinstance(driver, LowRankDriver):
+        raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver")
+    expect_positive_integer("chunk_size", chunk_size)
+    expect_choice("solver", solver, SOLVERS)
+    expect_choice("aggregate", aggregate, AGGREGATES)
+    expect_choice("backend", backend, BACKENDS)
+    if state_positions is not None:
+        return _with_states(
+            driver, query, state_positions, cu_seqlens, cu_seqlens_cpu, initial_state, return_final_state,
+            dict(scale=scale, chunk_size=chunk_size, solver=solver, aggregate=aggregate, backend=backend, validate=validate),
+        )  # fmt: skip
+    driver, query = _autocast(driver, query)
+    inputs, traits = canonical(driver, query, initial_state, scale)
+    checking = _may_read(query) if validate is None else validate
+    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
+    if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
+        raise ValueError("log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)")
+    output, final = run(inputs, traits, Plan(int(chunk_size), solver, aggregate), starts, cu_seqlens)
+    return Result(output, final if return_final_state else None)
+
+
+def _may_read(query: Tensor) -> bool:
+    """Whether values can be looked at for free: eager, on the CPU, outside function transforms."""
+    return (
+        query.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _sequence_starts(
+    inputs: Inputs, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, checking: bool
+) -> list[int] | None:
+    """The packed sequences' boundaries on the host, checked; None for a regular batch."""
+    batch, time = inputs.query.shape[:2]
+    if cu_seqlens is None:
+        if cu_seqlens_cpu is not None:
+            raise ValueError("cu_seqlens_cpu: got a tensor without cu_seqlens, expected both or neither")
+        sequences = batch
+    else:
+        for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+            if tensor is None:
+                continue
+            expect_tensor(name, tensor)
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
+            if tensor.ndim != 1 or tensor.shape[0] < 2:
+                raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
+        if cu_seqlens_cpu is not None:
+            if cu_seqlens_cpu.device.type != "cpu":
+                raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
+            if cu_seqlens_cpu.shape != cu_seqlens.shape:
+                raise ValueError(
+                    f"cu_seqlens_cpu: got shape {show(cu_seqlens_cpu)}, expected cu_seqlens' {show(cu_seqlens)}"
+                )
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: got a query with batch {batch}, expected packed sequences in a batch of 1")
+        sequences = cu_seqlens.shape[0] - 1
+    if inputs.initial_state is not None and inputs.initial_state.shape[0] != sequences:
+        raise ValueError(
+            f"initial_state: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
+        )
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return None
+    starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
+    if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
+        raise ValueError(f"cu_seqlens: got {_brief(starts)}, expected numbers that never decrease from 0 to T = {time}")
+    if checking and cu_seqlens_cpu is not None and cu_seqlens.tolist() != starts:
+        raise ValueError(f"cu_seqlens_cpu: got {_brief(starts)}, expected cu_seqlens' {_brief(cu_seqlens.tolist())}")
+    return starts
+
+
+def _brief(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:8]))}, … {numbers[-1]}]"
+
+
+def _autocast(driver: LowRankDriver, query: Tensor) -> tuple[LowRankDriver, Tensor]:
+    """Under autocast, float32 vectors take its dtype as the factors of a matrix product would; coefficients, decays and
+    states keep theirs. Ties stay ties."""
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return driver, query
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+
+    rows = []
+    for row in driver.rows:
+        write = cast(row.write)
+        read, value = row.read, row.value
+        if read is not None:
+            read = read._replace(vector=write if read.vector is row.write else cast(read.vector))
+        if value is not None:
+            value = value._replace(vector=cast(value.vector))
+        rows.append(Row(write, read, value))
+    return LowRankDriver(tuple(rows), driver.log_decay, driver.order, driver.reads), cast(query)
+
+
+def _with_states(
+    driver: LowRankDriver,
+    query: Tensor,
+    positions: Sequence[int],
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    options: dict,
+) -> ResultWithStates:
+    """Runs from position to position, carrying the state: exact, whatever the chunks."""
+    if cu_seqlens is not None or cu_seqlens_cpu is not None:
+        raise ValueError("state_positions: got them together with cu_seqlens, expected a regular batch")
+    time = query.shape[1]
+    places = [int(position) for position in positions]
+    if any(later < earlier for earlier, later in pairwise([0, *places, time])):
+        raise ValueError(f"state_positions: got {_brief(places)}, expected numbers that increase from 0 to T = {time}")
+    if not places:
+        raise ValueError("state_positions: got none, expected at least one number of tokens")
+    outputs, states, state = [], [], initial_state
+    for start, stop in pairwise([0, *places, time]):
+        part = integrate(
+            _slice(driver, start, stop), query[:, start:stop], initial_state=state, return_final_state=True, **options
+        )
+        outputs.append(part.output)
+        state = part.final_state
+        assert state is not None
+        states.append(state)
+    return ResultWithStates(
+        torch.cat(outputs, 1), state if return_final_state else None, torch.stack(states[:-1], 1)
+    )
+
+
+def _slice(driver: LowRankDriver, start: int, stop: int) -> LowRankDriver:
+    """The driver on tokens ``start`` to ``stop``; ties stay ties."""
+
+    def cut(factor: Factor | None) -> Factor | None:
+        if factor is None:
+            return None
+        coefficient = factor.coefficient
+        return Factor(
+            factor.vector[:, start:stop], None if coefficient is None else coefficient[:, start:stop], factor.sign
+        )
+
+    rows = []
+    for row in driver.rows:
+        read, value = cut(row.read), cut(row.value)
+        write = row.write[:, start:stop]
+        if read is not None and row.read is not None:
+            if row.read.vector is row.write:
+                write = read.vector
+            if value is not None and row.value is not None and row.value.coefficient is row.read.coefficient:
+                value = value._replace(coefficient=read.coefficient)
+        rows.append(Row(write, read, value))
+    decay = None if driver.log_decay is None else driver.log_decay[:, start:stop]
+    return LowRankDriver(tuple(rows), decay, driver.order, driver.reads)

@@ -1,0 +1,53 @@
+"""What every solver provides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class Factorisation(ABC):
+    """``(I - G)``, ready to be solved with. All leading axes are batch axes."""
+
+    @abstractmethod
+    def solve(self, right: Tensor) -> Tensor:
+        """``X`` with ``(I - G) X = right``; ``right [..., n, D]``."""
+
+    @abstractmethod
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """``Y`` with ``(I - G)ᵀ Y = right``; ``right [..., n, D]``."""
+
+    @abstractmethod
+    def __getitem__(self, index) -> Factorisation:
+        """The factorisation of some of the chunks (an index of the first axis)."""
+
+
+class Stepwise(Factorisation):
+    """A factorisation that is ``G`` itself: everything happens in the solve.
+
+    The transposed system, its rows taken backwards, is again strictly lower triangular: one recursion serves both.
+    """
+
+    def __init__(self, gram: Tensor, block: int) -> None:
+        self.gram = gram
+        self.block = block
+
+    @staticmethod
+    @abstractmethod
+    def recursion(gram: Tensor, right: Tensor, block: int) -> Tensor:
+        """``X`` with ``(I - G) X = right``; ``G``'s diagonal blocks of ``block`` rows are zero."""
+
+    def solve(self, right: Tensor) -> Tensor:
+        return self.recursion(self.gram, right, self.block)
+
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        backwards = self.gram.transpose(-1, -2).flip(-1, -2)
+        return self.recursion(backwards, right.flip(-2), self.block).flip(-2)
+
+    def __getitem__(self, index) -> Stepwise:
+        return type(self)(self.gram[index], self.block)
+
+
+Solver = Callable[[Tensor, int], Factorisation]
