@@ -1,0 +1,94 @@
+"""Where the chunks of a batch lie.
+
+A flat index `m` counts the chunks of all sequences.  In a regular batch of `B` sequences of `T` tokens it is
+`m = b * ceil(T / C) + i`; packed sequences carry tables.  Nothing here reads a device tensor on the host.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Chunks(NamedTuple):
+    """The chunks of a batch.
+
+    size: tokens in a chunk (C).  count: number of chunks (M).  sequences: number of sequences (N).
+    time: tokens of one sequence, of all when packed (T).  per_sequence: ceil(T / C), unused when packed.
+    table: int32 [M, 2], first token and number of tokens of each chunk (0 for the chunks that are only spare), or None.
+    cu_seqlens: int32 [N + 1], first token of each sequence, or None.
+    offsets: int32 [N + 1], first chunk of each sequence, or None.
+    """
+
+    size: int
+    count: int
+    sequences: int
+    time: int
+    per_sequence: int
+    table: Tensor | None
+    cu_seqlens: Tensor | None
+    offsets: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.table is not None
+
+
+def regular_chunks(batch: int, time: int, size: int) -> Chunks:
+    """The chunks of `batch` sequences of `time` tokens each."""
+    per_sequence = triton.cdiv(time, size)
+    return Chunks(size, batch * per_sequence, batch, time, per_sequence, None, None, None)
+
+
+def packed_chunks(cu_seqlens: Tensor, time: int, size: int, cu_seqlens_host: Tensor | None = None) -> Chunks:
+    """The chunks of sequences packed along time, from `cu_seqlens` [N + 1] on the device.
+
+    With a host copy the number of chunks is exact; without it, it is the bound `T // C + N`, known without waiting
+    for the device, and the spare chunks are empty.
+    """
+    sequences = cu_seqlens.numel() - 1
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    zero = cu_seqlens.new_zeros(1)
+    counts = (cu_seqlens.diff() + size - 1) // size
+    offsets = torch.cat([zero, counts.cumsum(0, dtype=torch.int32)])
+    if cu_seqlens_host is None:
+        count = time // size + sequences
+    else:
+        count = int(((cu_seqlens_host.diff() + size - 1) // size).sum())
+    flat = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
+    owner = torch.searchsorted(offsets, flat, right=True).sub(1).clamp(max=sequences - 1)
+    first = cu_seqlens[owner] + (flat - offsets[owner]) * size
+    length = (cu_seqlens[owner + 1] - first).clamp(0, size)
+    table = torch.stack([first, length], dim=1).to(torch.int32).contiguous()
+    return Chunks(size, count, sequences, time, 0, table, cu_seqlens, offsets)
+
+
+@triton.jit
+def locate_chunk(chunk, table, time, per_sequence, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token (int64, counted from the start of the batch) and number of tokens of a chunk."""
+    if PACKED:
+        first = tl.load(table + 2 * chunk).to(tl.int64)
+        length = tl.load(table + 2 * chunk + 1)
+    else:
+        sequence = chunk // per_sequence
+        step = (chunk - sequence * per_sequence) * C
+        first = sequence.to(tl.int64) * time + step
+        length = tl.minimum(time - step, C)
+    return first, length
+
+
+@triton.jit
+def locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED: tl.constexpr):
+    """First token (int64), number of tokens and first chunk of a sequence."""
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - start
+        first = start.to(tl.int64)
+        chunk = tl.load(offsets + sequence)
+    else:
+        first = sequence.to(tl.int64) * time
+        length = time
+        chunk = sequence * per_sequence
+    return first, length, chunk

@@ -1,0 +1,247 @@
+"""What every chunk needs before the scan, made for all chunks at once: decay vectors, scores and the inverse.
+
+With c_t the sum of the log-decays from the chunk's start to token t, D[t, s] = e^{c_t - c_s}, and one chunk's q, k, beta:
+
+    from_start[t] = e^{c_t}          to_end[s] = beta_s e^{c_C - c_s}          total = e^{c_C}
+    scores  P[t, s] = 1(s <= t) scale (q_t . k_s) D[t, s] beta_s
+    inverse (I + L)^-1,   L[t, s] = 1(s < t) (k_t . k_s) D[t, s] beta_s
+
+The coefficient stands in columns only.  So the scan carries R = (I + L)^-1 (V - e^c K S_0), the values less what the
+state already returns for their keys, and beta needs no division in the gradients.
+
+The sums c are kept as two float32 numbers, high + low, in units of log 2: a plain float32 difference c_t - c_s loses the
+small decays beside the large ones.  Log-decays under -800 (and -inf) count as -800, whose exponential is 0 in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import Chunks, locate_chunk
+from .products import float32_precision, precise_product
+
+
+class Prepared(NamedTuple):
+    """The chunk-wise arrays, with M chunks of C tokens and HV value heads.
+
+    inverse [M, HV, C, C] in the input dtype, None for rows that only write; scores [M, HV, C, C] in the input dtype;
+    cumulative [M, HV, 2, C], from_start [M, HV, C], to_end [M, HV, C], total [M, HV] in float32.
+    Tokens past the end of a sequence have k = q = v = 0, beta = 0 and no decay.
+    """
+
+    inverse: Tensor | None
+    scores: Tensor
+    cumulative: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    total: Tensor
+
+
+@triton.jit
+def decay_between(late_high, late_low, early_high, early_low, keep):
+    """e^{late - early} where `keep`, else 0, from two-float sums in units of log 2."""
+    exponent = (late_high - early_high) + (late_low - early_low)
+    return tl.exp2(tl.where(keep, exponent, float("-inf")))
+
+
+@triton.jit(do_not_specialize=["time", "per_sequence"])
+def scores_kernel(query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, table,
+                  time, per_sequence, scale, H, HV, K,
+                  C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_BETA: tl.constexpr,
+                  HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Decay vectors and scores of one chunk, for all the value heads of one key head."""
+    chunk = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    row = tl.arange(0, C)
+    valid = row < length
+    products = tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BK):
+        column = start + tl.arange(0, BK)
+        offset = row[:, None] * (H * K) + column[None, :]
+        inside = valid[:, None] & (column < K)[None, :]
+        base = (first * H + head) * K
+        q = tl.load(query + base + offset, mask=inside, other=0.0)
+        k = tl.load(key + base + offset, mask=inside, other=0.0)
+        products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
+    products *= scale
+    causal = row[:, None] >= row[None, :]
+    for j in range(HV // H):
+        value_head = head * (HV // H) + j
+        flat = chunk * HV + value_head
+        token = (first + row) * HV + value_head
+        weight = tl.where(valid, 1.0, 0.0)
+        if HAS_BETA:
+            weight = tl.load(beta + token, mask=valid, other=0.0).to(tl.float32)
+        if HAS_DECAY:
+            step = tl.load(log_decay + token, mask=valid, other=0.0).to(tl.float64)
+            step = tl.maximum(step, -800.0) * 1.4426950408889634
+            c = tl.cumsum(step, 0)
+            end = tl.sum(step, 0)
+            high = c.to(tl.float32)
+            low = (c - high.to(tl.float64)).to(tl.float32)
+            decay = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], causal)
+            p = products * decay * weight[None, :]
+            entry_decay = tl.exp2(high)
+            exit_decay = tl.exp2((end - c).to(tl.float32))
+            whole = tl.exp2(end.to(tl.float32))
+        else:
+            high = tl.zeros([C], tl.float32)
+            low = high
+            p = tl.where(causal, products, 0.0) * weight[None, :]
+            entry_decay = high + 1.0
+            exit_decay = high + 1.0
+            whole = 1.0
+        tl.store(cumulative + flat * 2 * C + row, high)
+        tl.store(cumulative + flat * 2 * C + C + row, low)
+        tl.store(from_start + flat * C + row, entry_decay)
+        tl.store(to_end + flat * C + row, exit_decay * weight)
+        tl.store(total + flat, whole)
+        tl.store(scores + flat * C * C + row[:, None] * C + row[None, :], p.to(scores.dtype.element_ty))
+
+
+@triton.jit
+def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K, late, early, diagonal,
+                    BK: tl.constexpr, HAS_DECAY: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Blocks of L at the rows `late` [n, b] and the columns `early` [n, b]: [n, b, b]."""
+    n: tl.constexpr = late.shape[0]
+    b: tl.constexpr = late.shape[1]
+    blocks = tl.zeros([n, b, b], tl.float32)
+    for start in range(0, K, BK):
+        column = start + tl.arange(0, BK)
+        inside = (column < K)[None, None, :]
+        k_late = tl.load(key + head_key + late[:, :, None] * (H * K) + column[None, None, :],
+                         mask=inside & (late < length)[:, :, None], other=0.0)  # fmt: skip
+        if diagonal:
+            k_early = k_late
+        else:
+            k_early = tl.load(key + head_key + early[:, :, None] * (H * K) + column[None, None, :],
+                              mask=inside & (early < length)[:, :, None], other=0.0)  # fmt: skip
+        blocks = tl.dot(k_late, tl.permute(k_early, (0, 2, 1)), blocks, input_precision=PRECISION)
+    weight = tl.load(beta + head_value + early * HV, mask=early < length, other=0.0).to(tl.float32)
+    keep = late[:, :, None] > early[:, None, :]
+    if HAS_DECAY:
+        sums = cumulative + flat * 2 * C
+        decay = decay_between(tl.load(sums + late)[:, :, None], tl.load(sums + C + late)[:, :, None],
+                              tl.load(sums + early)[:, None, :], tl.load(sums + C + early)[:, None, :], keep)  # fmt: skip
+        return blocks * decay * weight[:, None, :]
+    else:
+        return tl.where(keep, blocks, 0.0) * weight[:, None, :]
+
+
+@triton.jit
+def invert_base(coupling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 of the blocks [n, 16, 16] by the ladder X <- X - X L_b X, L_b the couplings that first meet at size 2b."""
+    row = tl.arange(0, 16)
+    i = row[None, :, None]
+    j = row[None, None, :]
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, coupling, 0.0)
+    for level in tl.static_range(3):
+        size: tl.constexpr = 2 << level
+        step = tl.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), coupling, 0.0)
+        x -= precise_product(x, precise_product(step, x, SPLIT, PRECISION), SPLIT, PRECISION)
+    return x
+
+
+@triton.jit
+def merge(blocks, coupling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Pairs of inverses [2n, b, b] and what couples them [n, b, b] -> upper, lower inverse and the corner below, [n, b, b]."""
+    n: tl.constexpr = coupling.shape[0]
+    b: tl.constexpr = coupling.shape[1]
+    upper, lower = tl.split(tl.permute(tl.reshape(blocks, [n, 2, b, b]), (0, 2, 3, 1)))
+    corner = -precise_product(lower, precise_product(coupling, upper, SPLIT, PRECISION), SPLIT, PRECISION)
+    return upper, lower, corner
+
+
+@triton.jit
+def assemble(upper, lower, corner):
+    """[[upper, 0], [corner, lower]], from blocks [n, b, b] to [n, 2b, 2b]."""
+    n: tl.constexpr = upper.shape[0]
+    b: tl.constexpr = upper.shape[1]
+    top = tl.reshape(tl.permute(tl.join(upper, tl.zeros_like(upper)), (0, 1, 3, 2)), [n, b, 2 * b])
+    bottom = tl.reshape(tl.permute(tl.join(corner, lower), (0, 1, 3, 2)), [n, b, 2 * b])
+    return tl.reshape(tl.permute(tl.join(top, bottom), (0, 3, 1, 2)), [n, 2 * b, 2 * b])
+
+
+@triton.jit
+def store_block(inverse, block, row, column, C: tl.constexpr):
+    """Store [1, b, b] with its corner at (row, column)."""
+    b: tl.constexpr = block.shape[1]
+    i = tl.arange(0, b)
+    offset = (row + i)[None, :, None] * C + (column + i)[None, None, :]
+    tl.store(inverse + offset, block.to(inverse.dtype.element_ty))
+
+
+@triton.jit
+def pairs_of(n: tl.constexpr, b: tl.constexpr, which: tl.constexpr):
+    """Tokens [n, b] of the first (0) or second (1) blocks of n pairs of blocks of size b."""
+    return tl.arange(0, n)[:, None] * (2 * b) + which * b + tl.arange(0, b)[None, :]
+
+
+@triton.jit(do_not_specialize=["time", "per_sequence"])
+def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence, H, HV, K,
+                   C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+                   SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(I + L)^-1 of one chunk and value head: inverses of 16 x 16 blocks, merged by pairs."""
+    flat = tl.program_id(0).to(tl.int64)
+    chunk = flat // HV
+    value_head = flat % HV
+    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    head_key = (first * H + value_head // (HV // H)) * K
+    head_value = first * HV + value_head
+    inverse += flat * C * C
+    token = tl.arange(0, C // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K, token, token,
+                               True, BK, HAS_DECAY, C, PRECISION)  # fmt: skip
+    x = invert_base(coupling, SPLIT, PRECISION)
+    if C == 16:
+        store_block(inverse, x, 0, 0, C)
+    else:
+        if C == 64:
+            coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K,
+                                       pairs_of(2, 16, 1), pairs_of(2, 16, 0), False,
+                                       BK, HAS_DECAY, C, PRECISION)  # fmt: skip
+            upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
+            x = assemble(upper, lower, corner)
+        half: tl.constexpr = C // 2
+        coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K,
+                                   pairs_of(1, half, 1), pairs_of(1, half, 0), False,
+                                   BK, HAS_DECAY, C, PRECISION)  # fmt: skip
+        upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
+        store_block(inverse, upper, 0, 0, C)
+        store_block(inverse, tl.zeros_like(upper), 0, half, C)
+        store_block(inverse, corner, half, 0, C)
+        store_block(inverse, lower, half, half, C)
+
+
+def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
+            *, tied: bool, scale: float) -> Prepared:  # fmt: skip
+    """The chunk-wise arrays of q, k [B, T, H, K], beta and log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
+    heads, size = query.shape[2], query.shape[3]
+    c, m = chunks.size, chunks.count
+    vector = {"device": query.device, "dtype": torch.float32}
+    cumulative = torch.empty(m, value_heads, 2, c, **vector)
+    from_start = torch.empty(m, value_heads, c, **vector)
+    to_end = torch.empty(m, value_heads, c, **vector)
+    total = torch.empty(m, value_heads, **vector)
+    scores = torch.empty(m, value_heads, c, c, device=query.device, dtype=query.dtype)
+    inverse = torch.empty_like(scores) if tied else None
+    prepared = Prepared(inverse, scores, cumulative, from_start, to_end, total)
+    if m == 0:
+        return prepared
+    precision = float32_precision(query.device)
+    full = query.dtype == torch.float32
+    width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
+    common = {"C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
+    scores_kernel[(m * heads,)](
+        query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
+        chunks.time, chunks.per_sequence, scale, heads, value_heads, size,
+        BK=width, HAS_BETA=beta is not None, num_warps=4, num_stages=1, **common)  # fmt: skip
+    if inverse is not None:
+        inverse_kernel[(m * value_heads,)](
+            key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence, heads, value_heads, size,
+            BK=min(width, 64), SPLIT=not full, num_warps=1, num_stages=1, **common)  # fmt: skip
+    return prepared

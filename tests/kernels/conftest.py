@@ -1,0 +1,55 @@
+"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are defined.
+
+Three gaps of the interpreter of Triton 3.6 are filled here: it counts loops in a way that NumPy 2.4 refuses, it
+multiplies the bit patterns of bfloat16 numbers, and it cuts off where a GPU rounds to the nearest bfloat16.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _mend_interpreter() -> None:
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    import numpy as np
+
+    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def patched_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def patched_dot(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    def patched_cast(self, source, dtype):
+        if source.dtype.scalar == tl.bfloat16 and dtype.scalar == tl.float32:
+            return widened(source)
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, source, dtype)
+
+    interpreter._patch_lang_tensor = patched_tensor
+    interpreter.InterpreterBuilder.create_dot = patched_dot
+    interpreter.InterpreterBuilder.cast_impl = patched_cast
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(interpreter.InterpreterBuilder, name, patched_cast)
+
+
+_mend_interpreter()
