@@ -1,0 +1,61 @@
+"""TMA descriptors of the scans' arrays, encoded once per (address, shape, tile)."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+CHUNK = 64
+_SWIZZLED_ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+_FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
+class _Address(NamedTuple):
+    """The two things a descriptor asks of its base: where it starts and what it holds."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=4096)
+def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int) -> TensorDescriptor:
+    start = _Address(address - CHUNK * columns * dtype.itemsize, dtype)
+    return TensorDescriptor(start, [rows + CHUNK + 1, CHUNK, columns], [columns, columns, 1], [1, CHUNK, width], _SWIZZLED_ROWS)
+
+
+def rows(tensor: torch.Tensor, width: int) -> TensorDescriptor:
+    """Chunks of 64 rows of a [rows, columns] view, `width` columns at a time, that can end anywhere.
+
+    The row axis appears twice: coordinates (a, b) name row a + b − 64, and b is cut at 64.  A chunk of which `valid` rows belong
+    to its sequence is addressed as (first + valid, 64 − valid): rows past the end read as zero and are never written, whatever
+    lies there.
+    """
+    columns = tensor.shape[-1] * tensor.shape[-2]
+    return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(address: int, dtype: torch.dtype, count: int, columns: int, height: int) -> TensorDescriptor:
+    return TensorDescriptor(_Address(address, dtype), [count, columns], [columns, 1], [height, CHUNK], _SWIZZLED)
+
+
+def blocks(tensor: torch.Tensor, height: int) -> TensorDescriptor:
+    """Tiles of `height` × 64 of an array of matrices, seen as [rows, columns]."""
+    columns = tensor.shape[-1]
+    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, height)
+
+
+@lru_cache(maxsize=4096)
+def _vectors(address: int, count: int) -> TensorDescriptor:
+    return TensorDescriptor(_Address(address, torch.float32), [count], [1], [CHUNK], _FLAT)
+
+
+def vectors(tensor: torch.Tensor) -> TensorDescriptor:
+    """Runs of 64 float32 of a contiguous array."""
+    return _vectors(tensor.data_ptr(), tensor.numel())

@@ -1,0 +1,37 @@
+"""What the scans share: where a sequence lies, how a chunk's rows are addressed, and two-for-one unpacking of 16-bit values."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def locate_sequence(sequence, tokens, token_offsets, chunk_offsets, PACKED: gl.constexpr):
+    """(first token, end token, first chunk) of a sequence: from tables when sequences are packed, by arithmetic otherwise."""
+    if PACKED:
+        first = gl.load(token_offsets + sequence)
+        end = gl.load(token_offsets + sequence + 1)
+        chunk = gl.load(chunk_offsets + sequence)
+    else:
+        first = sequence * tokens
+        end = first + tokens
+        chunk = sequence * ((tokens + 63) // 64)
+    return first, end, chunk
+
+
+@gluon.jit
+def chunk_window(first_token, end_token, i):
+    """The two row coordinates of chunk i for a descriptor made by ``rows`` (descriptors.py): they clip at the sequence's end."""
+    first = first_token + i * 64
+    valid = gl.minimum(end_token - first, 64)
+    return first + valid, 64 - valid
+
+
+@gluon.jit
+def unpack(x):
+    """Sixteen-bit floats as float32.  bfloat16 goes two per register, kept where it is written (is_pure=False)."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], dtype=gl.float32, is_pure=False, pack=2
+        )
+    else:
+        return x.to(gl.float32)
