@@ -1,0 +1,32 @@
+"""The command line: `parallelflow --help`.  Needs the extra `cli` (typer, rich, matplotlib)."""
+
+from __future__ import annotations
+
+try:
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"parallelflow: the command line needs {missing.name}, which is not installed. "
+        "Install the extra: pip install 'parallelflow[cli]'"
+    ) from None
+
+from parallelflow.cli.demo.command import demo
+from parallelflow.cli.doctor import doctor
+
+app = typer.Typer(
+    name="parallelflow",
+    help="Every linear-attention model as one low-rank flow.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(doctor)
+
+
+@app.callback()
+def _root() -> None:
+    """Every linear-attention model as one low-rank flow."""

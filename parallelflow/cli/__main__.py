@@ -1,0 +1,5 @@
+"""`python -m parallelflow.cli`."""
+
+from parallelflow.cli import app
+
+app()

@@ -1,0 +1,212 @@
+"""The demonstration: three parts, each with a progress bar, a table on the screen and files in a folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from parallelflow.cli.demo import agreement, plots, recurrences, state_tracking, training
+from parallelflow.cli.demo.corpus import Corpus
+
+Item = TypeVar("Item")
+
+PARTS = ("models", "language", "tracking")
+
+
+class DemoFailed(Exception):
+    """A result is not what it has to be; the message says which."""
+
+
+def run_demo(corpus: Corpus | None, directory: Path, *, parts: Iterable[str] = PARTS, seed: int = 0) -> dict[str, Any]:
+    """Runs the parts, writes PNG, text and `results.json` into `directory` and returns what the JSON holds.
+
+    Args:
+        corpus: what the language model reads; None when `parts` leaves it out.
+        directory: made if it is missing; files of an earlier run are overwritten.
+        parts: of `PARTS`.
+        seed: of the random weights and the data.
+
+    Raises:
+        DemoFailed: at the end, when a model disagrees with its recurrence, the loss does not fall below what counting
+            pairs of bytes achieves, or two Householders do not reach 99 %.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    start = time.perf_counter()
+    results: dict[str, Any] = {"machine": machine(), "seed": seed}
+    failures: list[str] = []
+    if "models" in parts:
+        results |= _models(console, directory, failures)
+    if "language" in parts:
+        assert corpus is not None
+        results["language_model"] = _language(console, directory, corpus, seed, failures)
+    if "tracking" in parts:
+        results["state_tracking"] = _tracking(console, directory, seed, failures)
+    results["seconds"] = time.perf_counter() - start
+    file = directory / "results.json"
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    console.print(f"[dim]{results['seconds']:.0f} s. Every figure: {file}[/dim]")
+    if failures:
+        raise DemoFailed("; ".join(failures))
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<32}"),
+        BarColumn(bar_width=32),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+    )
+
+
+def _collect(
+    console: Console, title: str, items: Iterable[Item], total: int, name: Callable[[Item], str]
+) -> list[Item]:
+    """Every item of a generator that takes its time, under a progress bar."""
+    collected = []
+    with _progress(console) as progress:
+        task = progress.add_task(title, total=total, note="")
+        for item in items:
+            collected.append(item)
+            progress.update(task, advance=1, note=name(item))
+        progress.update(task, note="")
+    return collected
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print()
+    console.rule(Text(text, style="bold"), align="left")
+
+
+def _models(console: Console, directory: Path, failures: list[str]) -> dict[str, Any]:
+    _heading(console, "Every model is its recurrence, sooner")
+    models = _collect(
+        console, "models", agreement.measure_models(), total=len(recurrences.MODELS), name=lambda x: x.model
+    )
+    lengths = _collect(
+        console, "lengths", agreement.measure_lengths(), len(agreement.LENGTHS), lambda x: f"T = {x.length:,}"
+    )
+    console.print(model_table(models))
+    console.print(f"[dim]Time against T: {plots.plot_lengths(lengths, directory / 'time_against_length.png')}[/dim]")
+    wrong = [x.model for x in models if not x.agrees]
+    if wrong:
+        failures.append(f"off their recurrence by more than {agreement.AGREEMENT:g}: {', '.join(wrong)}")
+    return {
+        "models": [asdict(x) | x.speedups() for x in models],
+        "lengths": [asdict(x) for x in lengths],
+    }
+
+
+def model_table(models: Iterable[agreement.ModelFigures]) -> Table:
+    """Agreement with the recurrence and speed-up over it."""
+    exact, timed = agreement.EXACT, agreement.TIMED
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"Errors: float64, T = {exact.length}. Times: float32, T = {timed.length:,}, {timed.heads} heads of "
+        f"{timed.key_size}, {torch.get_num_threads()} threads.",
+        caption_justify="left",
+    )
+    table.add_column("model")
+    table.add_column("agrees")
+    for heading in ("error", "error of\ngradients", "forward\nms", "speed-up", "forward +\nbackward ms", "speed-up"):
+        table.add_column(heading, justify="right")
+    for x in models:
+        table.add_row(
+            x.model,
+            "[green]yes[/green]" if x.agrees else "[red]no[/red]",
+            f"{max(x.output_error, x.state_error):.0e}",
+            f"{x.gradient_error:.0e}",
+            f"{x.forward_ms:.1f}",
+            f"{x.forward_speedup:.0f} ×",
+            f"{x.training_ms:.1f}",
+            f"{x.training_speedup:.0f} ×",
+        )
+    return table
+
+
+def _language(console: Console, directory: Path, corpus: Corpus, seed: int, failures: list[str]) -> dict[str, Any]:
+    _heading(console, "A language model that reads bytes")
+    recipe = training.Recipe(seed=seed)
+    with _progress(console) as progress:
+        task = progress.add_task(f"reading {corpus.source}", total=1.0, note="")
+        model, figures = training.train(
+            corpus, recipe, progress=lambda done, text: progress.update(task, completed=done, note=text)
+        )
+    training.speak(model, corpus, recipe, figures)
+    console.print(
+        f"{figures.parameters:,} parameters, {figures.steps} steps of {recipe.batch} × {recipe.length} bytes: "
+        f"{figures.held_out_loss[0]:.2f} → [bold]{figures.held_out_loss[-1]:.2f}[/bold] bits a byte on held-out text "
+        f"(counting single bytes {figures.single_byte_entropy:.2f}, pairs {figures.byte_pair_entropy:.2f})."
+    )
+    said = Text(figures.prompt, style="dim") + Text(figures.sample)
+    console.print(Panel(said, title="its continuation of held-out text", title_align="left", box=box.ROUNDED))
+    console.print(
+        f"Generated byte by byte, {figures.bytes_per_second:.0f} a second, carrying "
+        f"{figures.memory_bytes / 1024:.0f} KiB at every length; logits within {figures.step_agreement:.0e} of the "
+        "chunked form's."
+    )
+    (directory / "sample.txt").write_text(figures.prompt + figures.sample, encoding="utf-8")
+    console.print(f"[dim]Loss: {plots.plot_loss(figures, directory / 'loss.png')}[/dim]")
+    if figures.held_out_loss[-1] >= figures.byte_pair_entropy:
+        failures.append(
+            f"the language model ended at {figures.held_out_loss[-1]:.2f} bits a byte, "
+            f"counting pairs achieves {figures.byte_pair_entropy:.2f}"
+        )
+    return asdict(figures) | {"recipe": asdict(recipe)}
+
+
+def _tracking(console: Console, directory: Path, seed: int, failures: list[str]) -> list[dict[str, Any]]:
+    _heading(console, "State tracking: products of permutations of three things")
+    recipe = state_tracking.Recipe(seed=seed)
+    results = []
+    with _progress(console) as progress:
+        for contender in state_tracking.CONTENDERS:
+            task = progress.add_task(contender.name, total=1.0, note="")
+
+            def advance(done: float, text: str, task: Any = task) -> None:
+                progress.update(task, completed=done, note=text)
+
+            results.append(state_tracking.train(contender, recipe, progress=advance))
+    longer = 4 * recipe.length
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"One layer, {recipe.steps} steps on at most {recipe.length} permutations; guessing is right in 17 %.",
+        caption_justify="left",
+    )
+    table.add_column("layer")
+    for heading in ("parameters", f"right, {recipe.length} long", f"right, {longer} long", f"at position {longer}"):
+        table.add_column(heading, justify="right")
+    for x in results:
+        rates = (x.accuracy_trained_length, x.accuracy, x.accuracy_last_position)
+        table.add_row(x.name, f"{x.parameters:,}", *(f"{rate:.1%}" for rate in rates))
+    console.print(table)
+    plot = plots.plot_tracking(results, recipe.length, directory / "state_tracking.png")
+    console.print(f"[dim]By position: {plot}[/dim]")
+    if results[0].accuracy < 0.99:
+        failures.append(f"two Householders follow {results[0].accuracy:.1%} of the products, expected 99 %")
+    return [asdict(x) for x in results]
