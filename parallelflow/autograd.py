@@ -6,7 +6,6 @@ differentiating the plain forward pass twice. Compiled: a registered operator wi
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, backward, carry_count, forward
+
+SLOTS = len(Inputs._fields)
 
 
 class Setting(NamedTuple):
@@ -152,14 +153,29 @@ def _unmerge_saved(saved: Tensor, size: int) -> Tensor:
 # torch.compile: the same two functions as registered operators.
 
 
-def _encode(traits: Traits, plan: Plan) -> str:
-    return json.dumps([list(vars(traits).values()), list(vars(plan).values())])
+class _Code(NamedTuple):
+    """A setting in the types that an operator takes."""
 
+    flags: list[int]
+    positions: list[int]
+    lone_positions: list[int]
+    scale: float | None
+    solver: str
+    aggregate: str
 
-def _decode(setting: str, cu_seqlens: Tensor | None) -> Setting:
-    traits, plan = json.loads(setting)
-    traits[2:4] = tuple(traits[2]), tuple(traits[3])
-    return Setting(Traits(*traits), Plan(*plan), None if cu_seqlens is None else cu_seqlens.tolist())
+    @staticmethod
+    def of(traits: Traits, plan: Plan) -> _Code:
+        flags = [traits.sequential, traits.raw, traits.read_sign, traits.value_sign, traits.lone_sign, plan.chunk_size]
+        flags = [int(flag) for flag in flags]
+        positions = list(traits.positions), list(traits.lone_positions)
+        return _Code(flags, *positions, traits.scale, plan.solver, plan.aggregate)
+
+    def setting(self, cu_seqlens: Tensor | None) -> Setting:
+        sequential, raw, *signs, chunk_size = self.flags
+        positions = tuple(self.positions), tuple(self.lone_positions)
+        traits = Traits(bool(sequential), bool(raw), *positions, *signs, self.scale)
+        starts = None if cu_seqlens is None else cu_seqlens.tolist()
+        return Setting(traits, Plan(chunk_size, self.solver, self.aggregate), starts)
 
 
 @torch.library.custom_op("parallelflow::integrate", mutates_args=())
@@ -176,23 +192,28 @@ def _integrate(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    setting: str,
+    flags: list[int],
+    positions: list[int],
+    lone_positions: list[int],
+    scale: float | None,
+    solver: str,
+    aggregate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(
         query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
         log_decay, initial_state,
     )  # fmt: skip
-    output, final, saved = forward(inputs, *_decode(setting, cu_seqlens))
+    code = _Code(flags, positions, lone_positions, scale, solver, aggregate)
+    output, final, saved = forward(inputs, *code.setting(cu_seqlens))
     if initial_state is not None and final.untyped_storage().data_ptr() == initial_state.untyped_storage().data_ptr():
         final = final.clone()  # an operator's results must not be its inputs
     return output, final, saved
 
 
 @_integrate.register_fake
-def _(query, *tensors_and_setting):  # type: ignore[no-untyped-def]
-    *tensors, cu_seqlens, setting = tensors_and_setting
-    inputs = Inputs(query, *tensors)
-    traits, plan, _ = _decode(setting, None)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    inputs, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
+    query, plan = inputs.query, _Code(*arguments[SLOTS + 1 :]).setting(None).plan
     heads, value_heads, key_dim, value_dim, dtype = sizes_of(inputs)
     batch, time = query.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -211,36 +232,41 @@ def _integrate_backward(
     saved: Tensor,
     d_output: Tensor,
     d_final: Tensor,
-    setting: str,
+    flags: list[int],
+    positions: list[int],
+    lone_positions: list[int],
+    scale: float | None,
+    solver: str,
+    aggregate: str,
 ) -> list[Tensor]:
-    filled: list[Tensor | None] = [None] * len(Inputs._fields)
+    code = _Code(flags, positions, lone_positions, scale, solver, aggregate)
+    filled: list[Tensor | None] = [None] * SLOTS
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
     full = Inputs(*filled)  # type: ignore[arg-type]
-    gradients = backward(full, *_decode(setting, cu_seqlens), saved, d_output, d_final)
+    gradients = backward(full, *code.setting(cu_seqlens), saved, d_output, d_final)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
 @_integrate_backward.register_fake
-def _(inputs, present, cu_seqlens, saved, d_output, d_final, setting):  # type: ignore[no-untyped-def]
+def _(inputs, *arguments):  # type: ignore[no-untyped-def]
     return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, cu_seqlens, setting = inputs
-    ctx.setting, ctx.present = setting, [slot for slot, tensor in enumerate(tensors) if tensor is not None]
+    tensors, cu_seqlens, ctx.code = inputs[:SLOTS], inputs[SLOTS], inputs[SLOTS + 1 :]
+    ctx.present = [slot for slot, tensor in enumerate(tensors) if tensor is not None]
     ctx.save_for_backward(cu_seqlens, output[2], *(tensor for tensor in tensors if tensor is not None))
     ctx.mark_non_differentiable(output[2])
-    ctx.slots = len(tensors)
 
 
 def _pull(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
     cu_seqlens, saved, *inputs = ctx.saved_tensors
-    found = _integrate_backward(inputs, ctx.present, cu_seqlens, saved, d_output, d_final, ctx.setting)
-    gradients: list[Tensor | None] = [None] * ctx.slots
+    found = _integrate_backward(inputs, ctx.present, cu_seqlens, saved, d_output, d_final, *ctx.code)
+    gradients: list[Tensor | None] = [None] * SLOTS
     for slot, gradient in zip(ctx.present, found, strict=True):
         gradients[slot] = gradient
-    return *gradients, None, None
+    return *gradients, *(None,) * (1 + len(ctx.code))
 
 
 torch.library.register_autograd("parallelflow::integrate", _pull, setup_context=_setup)
@@ -251,7 +277,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output and final states, differentiable."""
     if torch.compiler.is_compiling():
-        output, final, _ = _integrate(*inputs, cu_seqlens, _encode(traits, plan))
+        output, final, _ = _integrate(*inputs, cu_seqlens, *_Code.of(traits, plan))
     else:
         output, final, _ = _Flow.apply(Setting(traits, plan, sequence_starts), *inputs)
     return output, final

@@ -32,8 +32,8 @@ def linear_attention(
 ) -> Result | ResultWithStates:
     """``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t + 1e-10)`` with ``z_t = Σ_{s≤t} k_s``, which is carried as one more
-    value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
+    With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t)`` with ``z_t = Σ_{s≤t} k_s`` (0 where ``z_tᵀ q_t`` is 0), which is carried
+    as one more value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
     Source: Katharopoulos, Vyas, Pappas and Fleuret 2020, arXiv 2006.16236.
     """
     check_layouts(query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"))
@@ -42,7 +42,7 @@ def linear_attention(
         return integrate(drivers.linear_attention(key, value), query, **options)
     result = integrate(drivers.linear_attention(key, pad(value, (0, 1), value=1.0)), query, **options)
     numerator, denominator = result.output[..., :-1], result.output[..., -1:]
-    return result._replace(output=numerator / (denominator + 1e-10))
+    return result._replace(output=numerator / torch.where(denominator == 0, 1, denominator))
 
 
 def retention(

@@ -193,6 +193,8 @@ def _correlate(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Unit vectors around one direction a head, every two of a head with cosine >= 0.999."""
     direction = _unit(torch.randn(tensor.shape[-2:], generator=generator, dtype=tensor.dtype))
     offset = 0.02 * _unit(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+    if bool((tensor > 0).all()):  # positive features stay positive
+        direction, offset = _unit(direction.abs() + 0.1), offset.abs()
     return _unit(direction + offset)
 
 

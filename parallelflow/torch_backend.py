@@ -204,7 +204,7 @@ def forward(
         blank = carry_count(plan, engine.sizes.value_heads, time) - len(carries)
         unused = initial.new_zeros(blank, batch, *initial.shape[1:])
         saved = torch.cat((torch.stack(carries), unused)) if carries else unused
-        return _cat(outputs), final.flatten(1, 2), saved.flatten(2, 3)
+        return _cat(outputs).contiguous(), final.flatten(1, 2).contiguous(), saved.flatten(2, 3).contiguous()
 
 
 def backward(

@@ -13,6 +13,7 @@ A recurrence returns `(output [B, T, HV, V], final state [B, HV, K, V])`; `evalu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -248,7 +249,9 @@ def efla(query, key, value, beta, *, scale, initial_state):
     return delta_rule(query, key, value, strength, scale=scale, initial_state=initial_state)
 
 
-def low_rank_flow(query, value, log_decay=None, *, read, write, order="simultaneous", reads="decayed", scale, initial_state):
+def low_rank_flow(
+    query, value, log_decay=None, *, read, write, order="simultaneous", reads="decayed", scale, initial_state
+):
     """The general system of Muca Cirone and Salvi 2025, arXiv 2504.00492, in discrete time.
 
     S <- diag(e^g) S, then for the rows of the token S <- S + b_j (a_j^T S' + u_j^T); S' is, with simultaneous rows, the
@@ -309,7 +312,7 @@ def evaluate(
     if cu_seqlens is not None:
         bounds = [int(x) for x in cu_seqlens]
         parts = []
-        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, stop) in enumerate(pairwise(bounds)):
             parts.append(run(start, stop, None if state is None else state[n : n + 1]))
         return Reference(torch.cat([p.output for p in parts], dim=1), torch.cat([p.final_state for p in parts]))
     whole = run(None, None, state)

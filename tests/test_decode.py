@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import parallelflow.step
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import parallelflow as pf
-import parallelflow.step
 from parallelflow.testing import Sizes
 from tests.cases import (
     AGGREGATES,
@@ -63,8 +63,9 @@ def test_steps_and_chunks_in_turn(model):
 def test_step_options(model):
     inputs, state = model.inputs(SIZES), model.initial_state(SIZES)
     inputs |= {name: 2 * inputs[name] for name in model.normalized}
+    normalize = {"normalize_query_key": True} if model.normalized else {}
     expected = model.oracle(inputs, initial_state=state, scale=0.3, normalized=model.normalized)
-    output, final = steps(model, inputs, state, 0, SIZES.length, scale=0.3, normalize_query_key=True)
+    output, final = steps(model, inputs, state, 0, SIZES.length, scale=0.3, **normalize)
     assert_close(output, expected.output)
     assert_close(final, expected.final_state)
 
@@ -151,12 +152,22 @@ def test_a_prefix_is_continued_from_its_state(model):
     assert_close(output, whole.output[:, 6:])
 
 
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_states_at_positions_with_many_heads(model):
+    """Where time may be walked in windows: positions on and off their edges."""
+    sizes = Sizes(batch=2, length=13, heads=16, value_heads=64, key_size=2, value_size=1)
+    inputs = model.inputs(sizes)
+    positions = (1, 4, 5, 8, 12, 13)
+    result = model(inputs, state_positions=positions, chunk_size=2)
+    assert_close(result.states, model.oracle(inputs, state_positions=positions).states)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_states_at_any_positions(data):
     model = data.draw(st.sampled_from(MODELS))
     length = data.draw(st.integers(1, 20))
-    positions = sorted(data.draw(st.sets(st.integers(0, length), min_size=0, max_size=5)))
+    positions = sorted(data.draw(st.sets(st.integers(0, length), min_size=1, max_size=5)))
     sizes = SIZES._replace(length=length)
     inputs = model.inputs(sizes)
     result = model(inputs, state_positions=positions, chunk_size=data.draw(st.integers(1, 8)))

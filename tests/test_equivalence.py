@@ -104,6 +104,13 @@ def test_long_sequence(model):
         check(model, Sizes(length=257, key_size=3, value_size=2), aggregate=aggregate, chunk_size=8)
 
 
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_many_heads(model):
+    """Where time may be walked in windows to bound memory: few tokens at once, so every window edge is met."""
+    check(model, Sizes(batch=2, length=21, heads=16, value_heads=64, key_size=2, value_size=1), chunk_size=2)
+    check(model, Sizes(batch=1, length=150, heads=2, value_heads=4, key_size=2, value_size=1), chunk_size=1)
+
+
 @pytest.mark.parametrize("model", PUBLISHED, ids=by_name)
 def test_positional_order(model):
     """query, key, value, beta, log_decay, as far as a model has them; the other tensors are keyword-only."""
@@ -122,7 +129,7 @@ def test_scale(model):
     assert_close(result.output, model.oracle(inputs, scale=0.37).output)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
+@pytest.mark.parametrize("model", PUBLISHED, ids=by_name)
 def test_normalize_query_key(model):
     inputs = model.inputs(TINY)
     inputs |= {name: 3.0 * inputs[name] for name in model.normalized}
@@ -153,9 +160,7 @@ def test_no_tokens(model):
 def test_strides_do_not_matter(model):
     """Transposed storage, and tensors expanded over the batch."""
     inputs = model.inputs(TINY)
-    twisted = {
-        name: x if x.dim() < 3 else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()
-    }
+    twisted = {name: x if x.dim() < 3 else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
     expected = model(inputs, chunk_size=4).output
     assert_close(model(twisted, chunk_size=4).output, expected, 1e-12)
     expanded = {name: x if x.dim() < 3 else x[:1].expand_as(x) for name, x in inputs.items()}
@@ -167,7 +172,7 @@ def test_inputs_are_left_alone(model):
     inputs, state = model.inputs(TINY), model.initial_state(TINY)
     before = {name: x.clone() for name, x in inputs.items()}
     kept = state.clone()
-    result = model(inputs, initial_state=state, return_final_state=True, chunk_size=4, normalize_query_key=True)
+    result = model(inputs, initial_state=state, return_final_state=True, chunk_size=4)
     result.final_state.zero_()
     assert torch.equal(state, kept)
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
@@ -244,7 +249,11 @@ def test_rows_of_every_kind_together(solver, aggregate, decay, kind):
         rows=(
             pf.Row(read=None, write=a, value=pf.Factor(u)),
             pf.Row(read=pf.Factor(b, per_channel, -1), write=b, value=None),
-            pf.Row(read=pf.Factor(stack_write, per_stacked, -1), write=stack_write, value=pf.Factor(stack_value, per_stacked)),
+            pf.Row(
+                read=pf.Factor(stack_write, per_stacked, -1),
+                write=stack_write,
+                value=pf.Factor(stack_value, per_stacked),
+            ),
             pf.Row(read=pf.Factor(c, per_row), write=d, value=pf.Factor(v, per_value, -1)),
         ),
         log_decay=gate,

@@ -47,7 +47,7 @@ def test_apply(kind, leading):
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
-@pytest.mark.parametrize("first, second", itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize("first, second", list(itertools.product(KINDS, KINDS)))
 def test_composition_is_one_after_the_other(first, second, leading):
     f, g, s = flow(first, *leading, seed=1), flow(second, *leading, seed=2), state(*leading)
     both = compose(f, g)
@@ -57,13 +57,13 @@ def test_composition_is_one_after_the_other(first, second, leading):
     assert_close(f.then(g).source, both.source, 0)
 
 
-@pytest.mark.parametrize("first, second", itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize("first, second", list(itertools.product(KINDS, KINDS)))
 def test_composition_is_as_small_as_its_parts(first, second):
     both = compose(flow(first, 2), flow(second, 2))
     assert both.transition.dim() == max(flow(first, 2).transition.dim(), flow(second, 2).transition.dim())
 
 
-@pytest.mark.parametrize("kinds", itertools.product(KINDS, KINDS, KINDS), ids=str)
+@pytest.mark.parametrize("kinds", list(itertools.product(KINDS, KINDS, KINDS)), ids=str)
 def test_composition_is_associative(kinds):
     f, g, h = (flow(kind, 2, seed=i) for i, kind in enumerate(kinds))
     left, right = compose(compose(f, g), h), compose(f, compose(g, h))
@@ -152,7 +152,7 @@ def model_flow(model, inputs, sizes, start, stop, **options):
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
 def test_chens_relation(model, aggregate):
-    """The flow over [s, u] is the flow over [s, t], then the one over [t, u]; and it maps the state at s to that at u."""
+    """The flow over [s, u] is that over [s, t], then that over [t, u]; and it maps the state at s to that at u."""
     sizes = Sizes(1, 13, 1, 2, 3, 2)
     inputs = model.inputs(sizes)
     options = {"chunk_size": 2, "aggregate": aggregate}

@@ -15,6 +15,7 @@ from tests.cases import (
     AGGREGATES,
     CHUNK_SIZES,
     MODELS,
+    PUBLISHED,
     SOLVERS,
     STRUCTURES,
     Model,
@@ -113,6 +114,14 @@ def test_gradients_of_grouped_heads(model, heads):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
+def test_gradients_with_many_heads(model):
+    """Where time may be walked in windows to bound memory, so every window edge is met."""
+    sizes = Sizes(batch=2, length=13, heads=16, value_heads=64, key_size=2, value_size=1)
+    tensors, _ = leaves(model, sizes)
+    assert_gradients(gradients(call(model, tensors, chunk_size=2), tensors), expected_gradients(model, sizes))
+
+
+@pytest.mark.parametrize("model", PUBLISHED, ids=by_name)
 def test_gradients_of_normalized_queries_and_keys(model):
     tensors, inputs = leaves(model, TINY)
     expected = model.oracle(inputs, initial_state=tensors["initial_state"], normalized=model.normalized)
@@ -203,7 +212,7 @@ def test_one_tensor_in_two_arguments(model):
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_backward_of_a_plain_sum(model):
     """The gradient that autograd passes in is expanded, without storage of its own."""
-    tensors, inputs = leaves(model, TINY)
+    inputs = require_grad(model.inputs(TINY))
     actual = torch.autograd.grad(model(inputs, chunk_size=3).output.sum(), inputs["query"])
     expected = torch.autograd.grad(model.oracle(inputs).output.sum(), inputs["query"])
     assert_close(actual[0], expected[0])
@@ -211,12 +220,14 @@ def test_backward_of_a_plain_sum(model):
 
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_backward_twice_and_under_checkpointing(model):
-    tensors, inputs = leaves(model, TINY)
+    inputs = require_grad(model.inputs(TINY))
     output = model(inputs, chunk_size=3).output
     first = torch.autograd.grad(output.sum(), inputs["value"], retain_graph=True)[0]
     second = torch.autograd.grad(output.sum(), inputs["value"])[0]
     assert torch.equal(first, second)
-    again = torch.utils.checkpoint.checkpoint(lambda x: model(inputs | {"value": x}).output, inputs["value"], use_reentrant=False)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda x: model(inputs | {"value": x}).output, inputs["value"], use_reentrant=False
+    )
     assert_close(torch.autograd.grad(again.sum(), inputs["value"])[0], first)
 
 
@@ -293,11 +304,8 @@ def arguments(model: Model, sizes: Sizes = TINY):
 def loss_of(model: Model, names, oracle=False):
     def loss(*values):
         inputs = dict(zip(names, values, strict=True))
-        if oracle:
-            output = model.oracle(inputs).output
-        else:
-            output = model(inputs, chunk_size=3, validate=False).output
-        return output.square().sum()
+        result = model.oracle(inputs) if oracle else model(inputs, chunk_size=3, validate=False)
+        return result.output.square().sum()
 
     return loss
 
@@ -328,7 +336,9 @@ def test_func_grad_of_grad(model):
 def test_func_vmap_and_vmap_of_grad(model):
     """Mapped over a new axis of some arguments and not of others: the same as a loop."""
     names, values = arguments(model)
-    stacked = [torch.stack([x, 0.5 * x, 0.9 * x]) if name != "query" else x for name, x in zip(names, values, strict=True)]
+    stacked = [
+        torch.stack([x, 0.5 * x, 0.9 * x]) if name != "query" else x for name, x in zip(names, values, strict=True)
+    ]
     dims = tuple(None if name == "query" else 0 for name in names)
     sample = lambda i: [x if name == "query" else x[i] for name, x in zip(names, stacked, strict=True)]  # noqa: E731
     forward = torch.func.vmap(loss_of(model, names), in_dims=dims)(*stacked)

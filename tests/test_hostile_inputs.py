@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import parallelflow as pf
-from parallelflow.testing import HOSTILE_KINDS, Sizes, error_budget, hostile_inputs, hostile_kinds, relative_error, round_inputs
+from parallelflow.testing import (
+    HOSTILE_KINDS,
+    Sizes,
+    error_budget,
+    hostile_inputs,
+    hostile_kinds,
+    relative_error,
+    round_inputs,
+)
 from tests.cases import AGGREGATES, MODELS, PUBLISHED, SOLVERS, STRUCTURES, Model, by_name
 
 SIZES = Sizes(batch=2, length=6, heads=2, value_heads=4, key_size=3, value_size=5)
@@ -42,7 +50,7 @@ def shape(tensor):
 # Metadata: always checked.
 
 
-@pytest.mark.parametrize("model, name", each_argument())
+@pytest.mark.parametrize("model, name", list(each_argument()))
 def test_wrong_rank(model, name):
     inputs = model.inputs(SIZES)
     broken = inputs[name][0]
@@ -52,7 +60,7 @@ def test_wrong_rank(model, name):
 
 
 @pytest.mark.parametrize("axis", [0, 1, -2, -1])
-@pytest.mark.parametrize("model, name", each_argument())
+@pytest.mark.parametrize("model, name", list(each_argument()))
 def test_wrong_extent(model, name, axis):
     """One more along an axis: another batch, another length, other heads, another size."""
     inputs = model.inputs(SIZES)
@@ -70,7 +78,7 @@ def test_wrong_extent(model, name, axis):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("model, name", each_argument())
+@pytest.mark.parametrize("model, name", list(each_argument()))
 def test_wrong_dtype(model, name, dtype):
     inputs = model.inputs(SIZES)
     raises(lambda: model(inputs | {name: inputs[name].to(dtype)}), name, shows=[dtype])
@@ -79,17 +87,19 @@ def test_wrong_dtype(model, name, dtype):
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
 def test_query_key_and_value_share_a_dtype(model):
     inputs = model.inputs(SIZES, dtype=torch.float32)
-    raises(lambda: model(inputs | {"value": inputs["value"].bfloat16()}), "value", "query", shows=["bfloat16", "float32"])
+    raises(
+        lambda: model(inputs | {"value": inputs["value"].bfloat16()}), "value", "query", shows=["bfloat16", "float32"]
+    )
 
 
-@pytest.mark.parametrize("model, name", each_argument())
+@pytest.mark.parametrize("model, name", list(each_argument()))
 def test_wrong_device(model, name):
     inputs = model.inputs(SIZES)
     message = raises(lambda: model(inputs | {name: inputs[name].to("meta")}), name, "query", shows=["meta", "cpu"])
     assert name in message or name == "query"
 
 
-@pytest.mark.parametrize("model, name", each_argument())
+@pytest.mark.parametrize("model, name", list(each_argument()))
 def test_not_a_tensor(model, name):
     inputs = model.inputs(SIZES)
     raises(lambda: model(inputs | {name: inputs[name].tolist()}), name, kinds=TypeError, shows=["list"])
@@ -121,7 +131,12 @@ def test_unknown_choice(model, option):
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"])
 def test_a_kernel_asked_for_is_never_silently_replaced(backend):
-    raises(lambda: DELTA(DELTA.inputs(SIZES, dtype=torch.float64), backend=backend), "backend", kinds=Exception, shows=[backend])
+    raises(
+        lambda: DELTA(DELTA.inputs(SIZES, dtype=torch.float64), backend=backend),
+        "backend",
+        kinds=Exception,
+        shows=[backend],
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "64", True, None])
@@ -145,7 +160,7 @@ def test_bad_initial_state(model):
     raises(lambda: model(inputs, initial_state=0.0), "initial_state", kinds=TypeError)
 
 
-@pytest.mark.parametrize("positions", [[-1], [7], [3, 2], [2, 2], [1.5], 3, "12"], ids=str)
+@pytest.mark.parametrize("positions", [[-1], [7], [3, 2], [2, 2], [1.5], [], 3, "12"], ids=str)
 def test_bad_state_positions(positions):
     raises(lambda: DELTA(DELTA.inputs(SIZES), state_positions=positions), "state_positions")
 
@@ -167,9 +182,7 @@ def test_packed_sequences_are_one_batch_row(model):
     raises(lambda: model(model.inputs(SIZES), cu_seqlens=torch.tensor([0, 6])), "cu_seqlens", shows=["2"])
 
 
-@pytest.mark.parametrize(
-    "offsets", [[0, 4, 3, 6], [1, 6], [0, 5], [0, 7], [0, -1, 6], [0], [3], []], ids=str
-)
+@pytest.mark.parametrize("offsets", [[0, 4, 3, 6], [1, 6], [0, 5], [0, 7], [0, -1, 6], [0], [3], []], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_bad_offsets(offsets, dtype):
     raises(lambda: DELTA(packed(), cu_seqlens=torch.tensor(offsets, dtype=dtype)), "cu_seqlens")
@@ -221,9 +234,15 @@ def test_values_are_not_read_without_validation():
 
 def test_orders_and_reads():
     inputs = LOW_RANK.inputs(SIZES)
-    raises(lambda: pf.low_rank_flow(**inputs, order="parallel"), "order", shows=["parallel", "simultaneous", "sequential"])
+    raises(
+        lambda: pf.low_rank_flow(**inputs, order="parallel"), "order", shows=["parallel", "simultaneous", "sequential"]
+    )
     raises(lambda: pf.low_rank_flow(**inputs, reads="before"), "reads", shows=["before", "decayed", "raw"])
     raises(lambda: pf.low_rank_flow(**inputs, order="sequential", reads="raw"), "reads", shows=["raw", "sequential"])
+
+
+def test_nothing_to_normalize():
+    raises(lambda: pf.low_rank_flow(**LOW_RANK.inputs(SIZES), normalize_query_key=True), "normalize_query_key")
 
 
 def test_rows_and_drivers():
@@ -234,7 +253,9 @@ def test_rows_and_drivers():
     raises(lambda: pf.LowRankDriver(rows=(pf.Row(read=pf.Factor(x[..., :2]), write=x, value=pf.Factor(x)),)), "read")
     raises(lambda: pf.LowRankDriver(rows=(pf.Row(read=None, write=x, value=pf.Factor(x, sign=2)),)), "sign", "value")
     raises(
-        lambda: pf.LowRankDriver(rows=(pf.Row(read=None, write=x, value=pf.Factor(x, x[..., :2])),)), "coefficient", "value"
+        lambda: pf.LowRankDriver(rows=(pf.Row(read=None, write=x, value=pf.Factor(x, x[..., :2])),)),
+        "coefficient",
+        "value",
     )
 
 
@@ -278,12 +299,12 @@ def check_budget(model: Model, kind: str, dtype: torch.dtype, keep=("beta", "log
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model, kind", hard_cases())
+@pytest.mark.parametrize("model, kind", list(hard_cases()))
 def test_hard_data_within_budget(model, kind, dtype):
     check_budget(model, kind, dtype)
 
 
-@pytest.mark.parametrize("model, kind", hard_cases())
+@pytest.mark.parametrize("model, kind", list(hard_cases()))
 def test_hard_data_all_in_bfloat16(model, kind):
     """beta and the decays in bfloat16 too, as a model under plain bfloat16 hands them over."""
     check_budget(model, kind, torch.bfloat16, keep=())
@@ -295,13 +316,13 @@ def test_hard_data_all_in_bfloat16(model, kind):
 def test_hard_data_with_every_choice(kind, solver, aggregate):
     """float32, every solver and aggregate; sigdelta, whose rounding grows with the chunk (THEORY), in bfloat16."""
     dtype = torch.bfloat16 if solver == "sigdelta" else torch.float32
-    for model in STRUCTURES:
-        if model.name in ("gated_delta_rule", "kimi_delta_attention", "delta_product-3-scalar", "rwkv7"):
-            if kind in hostile_kinds(model.inputs(Sizes(length=2))):
-                check_budget(model, kind, dtype, solver=solver, aggregate=aggregate)
+    names = ("gated_delta_rule", "kimi_delta_attention", "delta_product-3-scalar", "rwkv7")
+    for model in (m for m in STRUCTURES if m.name in names):
+        if kind in hostile_kinds(model.inputs(Sizes(length=2))):
+            check_budget(model, kind, dtype, solver=solver, aggregate=aggregate)
 
 
-@pytest.mark.parametrize("model, kind", hard_cases())
+@pytest.mark.parametrize("model, kind", list(hard_cases()))
 def test_hard_data_has_finite_gradients(model, kind):
     inputs = hostile_inputs(model.inputs(LONG), kind)
     tensors = {name: x.float().requires_grad_() for name, x in inputs.items()}

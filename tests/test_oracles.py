@@ -111,7 +111,9 @@ def test_state_carries_over_a_cut(model):
     assert_close(first.final_state, whole.states[:, 0], 1e-12)
 
 
-@pytest.mark.parametrize("model", [m for m in GENERAL if m.rows > 1 and m.options["order"] == "simultaneous"], ids=by_name)
+@pytest.mark.parametrize(
+    "model", [m for m in GENERAL if m.rows > 1 and m.options["order"] == "simultaneous"], ids=by_name
+)
 def test_simultaneous_rows_have_no_order(model):
     inputs = model.inputs(SIZES)
     flipped = {name: x.flip(2) if name in ("read", "write", "value") else x for name, x in inputs.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallelflow.testing import Sizes, error_budget, relative_error, round_inputs
+from parallelflow.testing import FLOOR, Sizes, error_budget, relative_error, round_inputs
 from tests.cases import AGGREGATES, MODELS, SOLVERS, STRUCTURES, by_name, gradients, require_grad
 
 SIZES = Sizes(batch=1, length=150, heads=1, value_heads=2, key_size=24, value_size=16)
@@ -13,8 +13,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def data(model, dtype):
-    inputs = model.inputs(SIZES)
+def data(model, dtype, sizes=SIZES, seed=0):
+    inputs = model.inputs(sizes, seed=seed)
     return {name: x.float().double() for name, x in inputs.items()} if dtype == torch.float32 else inputs
 
 
@@ -53,36 +53,46 @@ def test_every_choice_within_the_budget(solver, aggregate):
         dtype = torch.bfloat16 if solver == "sigdelta" else torch.float32
         inputs = data(model, dtype)
         budget = error_budget(recurrence_of(model), inputs, dtype)
-        result = model(round_inputs(inputs, dtype), return_final_state=True, solver=solver, aggregate=aggregate, chunk_size=32)
+        result = model(
+            round_inputs(inputs, dtype), return_final_state=True, solver=solver, aggregate=aggregate, chunk_size=32
+        )
         check((result.output, result.final_state), budget, (f"{model.name} output", f"{model.name} final state"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_gradients_within_the_budget(model, dtype):
-    """The budget of a gradient: the recurrence's gradient at rounded inputs and rounded upstream gradient, rounded."""
-    inputs = data(model, dtype)
-    generator = torch.Generator().manual_seed(5)
-    upstream = torch.randn(model.oracle(inputs).output.shape, generator=generator, dtype=torch.float64)
-    if dtype == torch.float32:
-        upstream = upstream.float().double()
+    """The budget of a gradient: the recurrence's gradient at rounded inputs and rounded upstream gradient, rounded.
 
-    def recurrence(tensors, dtype):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
-        output = model.oracle(leaves, dtype=dtype).output
-        given = upstream.to(next(iter(tensors.values())).dtype)  # rounded as the inputs are
-        return torch.autograd.grad(output, list(leaves.values()), given.to(dtype))
+    Over several draws together: some gradients are two numbers, whose error on one draw is a matter of luck.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(4):
+        inputs = data(model, dtype, SIZES._replace(length=75), seed)
+        upstream = torch.randn(
+            model.oracle(inputs).output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        if dtype == torch.float32:
+            upstream = upstream.float().double()
 
-    reference = recurrence(inputs, torch.float64)
-    rounded = round_inputs(inputs, dtype)
-    working = torch.float32 if dtype == torch.float32 else torch.float64
-    alone = recurrence(rounded, working)
-    leaves = require_grad(rounded)
-    actual = torch.autograd.grad(model(leaves).output, list(leaves.values()), upstream.to(dtype))
-    for name, got, wanted, floor in zip(inputs, actual, reference, alone, strict=True):
-        allowed = max(2 * relative_error(floor.to(dtype), wanted), 1e-6)
-        error = relative_error(got, wanted)
-        assert got.dtype == dtype
+        def recurrence(tensors, working, upstream):
+            leaves = {name: x.to(working).requires_grad_() for name, x in tensors.items()}
+            output = model.oracle(leaves, dtype=working).output
+            return torch.autograd.grad(output, list(leaves.values()), upstream.to(working))
+
+        rounded = round_inputs(inputs, dtype)
+        reference = recurrence(inputs, torch.float64, upstream)
+        working = torch.float32 if dtype == torch.float32 else torch.float64
+        alone = recurrence(rounded, working, upstream.to(dtype))
+        leaves = require_grad(rounded)
+        actual = torch.autograd.grad(model(leaves).output, list(leaves.values()), upstream.to(dtype))
+        for name, got, wanted, unavoidable in zip(inputs, actual, reference, alone, strict=True):
+            assert got.dtype == dtype
+            own = relative_error(got, wanted), relative_error(unavoidable.to(dtype), wanted)
+            errors.setdefault(name, []).append(own)
+    for name, pairs in errors.items():
+        error, unavoidable = (sum(x**2 for x in column) ** 0.5 for column in zip(*pairs, strict=True))
+        allowed = max(2 * unavoidable, 2 * FLOOR)  # sqrt(4 draws) = 2
         assert error <= allowed, f"d {name} off by {error:.2e}, allowed {allowed:.2e}"
 
 

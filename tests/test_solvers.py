@@ -115,7 +115,10 @@ def test_correlated_keys_in_float32(name, n, beta):
     exact = identity(gram.double()) - gram.double()
     allowed = float(torch.finfo(torch.float32).eps * torch.linalg.cond(exact)) * (n**0.5 if name == "sigdelta" else 1.0)
     factors = TABLE[name](gram[None], 1)
-    for actual, matrix in ((factors.solve(right[None])[0], exact), (factors.solve_transposed(right[None])[0], exact.mT)):
+    for actual, matrix in (
+        (factors.solve(right[None])[0], exact),
+        (factors.solve_transposed(right[None])[0], exact.mT),
+    ):
         expected = torch.linalg.solve(matrix, right.double())
         error = float((actual.double() - expected).norm() / expected.norm())
         assert error <= allowed, f"off by {error:.2e}, allowed {allowed:.2e}"

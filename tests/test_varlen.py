@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallelflow.testing import Sizes
-from tests.cases import AGGREGATES, MODELS, SOLVERS, STRUCTURES, assert_close, by_name, gradients, require_grad, slice_time
+from tests.cases import (
+    AGGREGATES,
+    MODELS,
+    SOLVERS,
+    STRUCTURES,
+    assert_close,
+    by_name,
+    gradients,
+    require_grad,
+    slice_time,
+)
 
 LENGTHS = (3, 0, 1, 7, 0, 0, 4, 5, 0)
 
@@ -100,11 +110,33 @@ def test_gradients_of_packed_sequences(model, aggregate):
     state = tensors["initial_state"]
     expected = model.oracle(parts, initial_state=state, cu_seqlens=bounds)
     actual = model(
-        parts, initial_state=state, cu_seqlens=offsets(bounds), return_final_state=True, chunk_size=3, aggregate=aggregate
+        parts,
+        initial_state=state,
+        cu_seqlens=offsets(bounds),
+        return_final_state=True,
+        chunk_size=3,
+        aggregate=aggregate,
     )
     wanted = gradients(expected[:2], tensors)
     for name, got in gradients(actual[:2], tensors).items():
         assert_close(got, wanted[name], what=f"d {name}")
+
+
+@pytest.mark.parametrize("model", MODELS, ids=by_name)
+def test_many_heads(model):
+    """Where time may be walked in windows: sequences longer than a window, many to a window, on and off its edges."""
+    for lengths in ((3, 0, 1, 7, 0, 4, 5, 0), (4, 4, 8, 1, 0, 2), (13, 1, 9)):
+        inputs, state, bounds = packed(model, lengths, heads=8, value_heads=64)
+        tensors = require_grad(inputs | {"initial_state": state})
+        parts = {name: x for name, x in tensors.items() if name != "initial_state"}
+        state = tensors["initial_state"]
+        expected = model.oracle(parts, initial_state=state, cu_seqlens=bounds)
+        actual = model(parts, initial_state=state, cu_seqlens=offsets(bounds), return_final_state=True, chunk_size=2)
+        assert_close(actual.output, expected.output)
+        assert_close(actual.final_state, expected.final_state)
+        wanted = gradients(expected[:2], tensors)
+        for name, got in gradients(actual[:2], tensors).items():
+            assert_close(got, wanted[name], what=f"d {name}, {lengths}")
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,7 +186,9 @@ def test_nan_and_inf_stay_in_their_sequence(model, aggregate, poison):
         for n, (start, stop) in enumerate(pairwise(bounds)):
             if n == 1:
                 continue
-            assert torch.equal(result.output[:, start:stop], clean.output[:, start:stop]), f"{name} leaks into output {n}"
+            assert torch.equal(result.output[:, start:stop], clean.output[:, start:stop]), (
+                f"{name} leaks into output {n}"
+            )
             assert torch.equal(result.final_state[n], clean.final_state[n]), f"{name} leaks into state {n}"
             assert torch.equal(grads["initial_state"][n], clean_gradients["initial_state"][n]), f"{name}: state {n}"
             for other, x in slice_time(grads, start, stop).items():

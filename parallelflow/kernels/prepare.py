@@ -49,7 +49,7 @@ def decay_between(late_high, late_low, early_high, early_low, keep):
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def scores_kernel(query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, table,
-                  time, per_sequence, scale, H, HV, K,
+                  time, per_sequence, scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
                   C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_BETA: tl.constexpr,
                   HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Decay vectors and scores of one chunk, for all the value heads of one key head."""
@@ -104,7 +104,8 @@ def scores_kernel(query, key, beta, log_decay, scores, cumulative, from_start, t
 
 
 @triton.jit
-def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K, late, early, diagonal,
+def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, late, early,
+                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, DIAGONAL: tl.constexpr,
                     BK: tl.constexpr, HAS_DECAY: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Blocks of L at the rows `late` [n, b] and the columns `early` [n, b]: [n, b, b]."""
     n: tl.constexpr = late.shape[0]
@@ -115,7 +116,7 @@ def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H
         inside = (column < K)[None, None, :]
         k_late = tl.load(key + head_key + late[:, :, None] * (H * K) + column[None, None, :],
                          mask=inside & (late < length)[:, :, None], other=0.0)  # fmt: skip
-        if diagonal:
+        if DIAGONAL:
             k_early = k_late
         else:
             k_early = tl.load(key + head_key + early[:, :, None] * (H * K) + column[None, None, :],
@@ -134,14 +135,13 @@ def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H
 
 @triton.jit
 def invert_base(coupling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of the blocks [n, 16, 16] by the ladder X <- X - X L_b X, L_b the couplings that first meet at size 2b."""
+    """(I + L)^-1 of the blocks [n, 16, 16] by the ladder X <- X - X L_b X, L_b what first meets at that size."""
     row = tl.arange(0, 16)
     i = row[None, :, None]
     j = row[None, None, :]
-    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, coupling, 0.0)
-    for level in tl.static_range(3):
-        size: tl.constexpr = 2 << level
-        step = tl.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), coupling, 0.0)
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, coupling, 0.0)
+    for level in tl.static_range(1, 4):  # blocks of 2, 4, 8 meet in blocks of 4, 8, 16
+        step = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), coupling, 0.0)
         x -= precise_product(x, precise_product(step, x, SPLIT, PRECISION), SPLIT, PRECISION)
     return x
 
@@ -182,8 +182,8 @@ def pairs_of(n: tl.constexpr, b: tl.constexpr, which: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
-def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence, H, HV, K,
-                   C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
+def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence,
+                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
                    SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """(I + L)^-1 of one chunk and value head: inverses of 16 x 16 blocks, merged by pairs."""
     flat = tl.program_id(0).to(tl.int64)
@@ -194,21 +194,21 @@ def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence, H,
     head_value = first * HV + value_head
     inverse += flat * C * C
     token = tl.arange(0, C // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K, token, token,
-                               True, BK, HAS_DECAY, C, PRECISION)  # fmt: skip
+    coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, token, token,
+                               H, HV, K, True, BK, HAS_DECAY, C, PRECISION)  # fmt: skip
     x = invert_base(coupling, SPLIT, PRECISION)
     if C == 16:
         store_block(inverse, x, 0, 0, C)
     else:
         if C == 64:
-            coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K,
-                                       pairs_of(2, 16, 1), pairs_of(2, 16, 0), False,
+            coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value,
+                                       pairs_of(2, 16, 1), pairs_of(2, 16, 0), H, HV, K, False,
                                        BK, HAS_DECAY, C, PRECISION)  # fmt: skip
             upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
             x = assemble(upper, lower, corner)
         half: tl.constexpr = C // 2
-        coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, H, HV, K,
-                                   pairs_of(1, half, 1), pairs_of(1, half, 0), False,
+        coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value,
+                                   pairs_of(1, half, 1), pairs_of(1, half, 0), H, HV, K, False,
                                    BK, HAS_DECAY, C, PRECISION)  # fmt: skip
         upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
         store_block(inverse, upper, 0, 0, C)
@@ -235,13 +235,12 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     precision = float32_precision(query.device)
     full = query.dtype == torch.float32
     width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
-    common = {"C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
+    common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
     scores_kernel[(m * heads,)](
         query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
-        chunks.time, chunks.per_sequence, scale, heads, value_heads, size,
-        BK=width, HAS_BETA=beta is not None, num_warps=4, num_stages=1, **common)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=4, num_stages=1, **common)  # fmt: skip
     if inverse is not None:
         inverse_kernel[(m * value_heads,)](
-            key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence, heads, value_heads, size,
+            key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,
             BK=min(width, 64), SPLIT=not full, num_warps=1, num_stages=1, **common)  # fmt: skip
     return prepared

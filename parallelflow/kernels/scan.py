@@ -23,7 +23,8 @@ from .products import float32_precision, product
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total, initial_state,
                    output, innovation, entry_states, final_state, cu_seqlens, offsets,
-                   time, per_sequence, scale, H, HV, K, V,
+                   time, per_sequence, scale,
+                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    READ: tl.constexpr, SAVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -89,7 +90,8 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, total, d_final_state,
                    d_value, exit_gradients, d_initial_state, cu_seqlens, offsets,
-                   time, per_sequence, scale, H, HV, K, V,
+                   time, per_sequence, scale,
+                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -163,8 +165,8 @@ def _grid(value: Tensor, chunks: Chunks, tile: int) -> tuple[int]:
     return (chunks.sequences * value.shape[2] * triton.cdiv(value.shape[3], tile),)
 
 
-def _sizes(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
-    return key.shape[2], value.shape[2], key.shape[3], value.shape[3]
+def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
+    return {"H": key.shape[2], "HV": value.shape[2], "K": key.shape[3], "V": value.shape[3]}
 
 
 def _forward(query, key, value, prepared, chunks, scale, initial_state, output, innovation, entry_states, final_state):
@@ -172,7 +174,7 @@ def _forward(query, key, value, prepared, chunks, scale, initial_state, output, 
     forward_kernel[_grid(value, chunks, options["BV"])](
         query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
-        chunks.time, chunks.per_sequence, scale, *_sizes(key, value),
+        chunks.time, chunks.per_sequence, scale, **_sizes(key, value),
         C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None, READ=output is not None,
         SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None, HAS_FINAL=final_state is not None,
         PRECISION=float32_precision(key.device), **options)  # fmt: skip
@@ -182,7 +184,7 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
                  initial_state: Tensor | None, final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs [B, T, HV, V] in the value's dtype and, if asked, the final state [N, HV, K, V] in float32."""
     output = torch.empty_like(value)
-    _, value_heads, k, v = _sizes(key, value)
+    _, value_heads, k, v = _sizes(key, value).values()
     final = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if final_state else None
     _forward(query, key, value, prepared, chunks, scale, initial_state, output, None, None, final)
     return output, final
@@ -191,7 +193,7 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
 def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *,
                    initial_state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V] (the value itself without an inverse)."""
-    _, value_heads, k, v = _sizes(key, value)
+    _, value_heads, k, v = _sizes(key, value).values()
     states = key.new_empty(chunks.count, value_heads, v, k)
     innovation = value if prepared.inverse is None else torch.empty_like(value)
     _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, innovation, states, None)
@@ -201,7 +203,7 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
                  d_final_state: Tensor | None, initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Transposed gradients of the chunks' exit states [M, HV, V, K], of the values, and of the initial state if asked."""
-    _, value_heads, k, v = _sizes(key, d_output)
+    _, value_heads, k, v = _sizes(key, d_output).values()
     exit_gradients = key.new_empty(chunks.count, value_heads, v, k)
     d_value = torch.empty_like(d_output)
     d_initial = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if initial_gradient else None
@@ -209,7 +211,7 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
     reverse_kernel[_grid(d_output, chunks, options["BV"])](
         query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         d_final_state, d_value, exit_gradients, d_initial, chunks.cu_seqlens, chunks.offsets,
-        chunks.time, chunks.per_sequence, scale, *_sizes(key, d_output),
+        chunks.time, chunks.per_sequence, scale, **_sizes(key, d_output),
         C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None, HAS_FINAL=d_final_state is not None,
         HAS_INITIAL=initial_gradient, PRECISION=float32_precision(key.device), **options)  # fmt: skip
     return exit_gradients, d_value, d_initial

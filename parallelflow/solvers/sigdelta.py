@@ -22,10 +22,9 @@ class sigdelta(Stepwise):
     @staticmethod
     def recursion(gram: Tensor, right: Tensor, block: int) -> Tensor:
         tokens = right.shape[-2] // block
-        batch, columns = right.shape[:-2], right.shape[-1]
-        source = right.reshape(*batch, tokens, block, columns)
+        source = right.unflatten(-2, (tokens, block))
         # Γ as [..., k, i, block, block], and its increments along k.
-        blocks = gram.reshape(*batch, tokens, block, tokens, block).transpose(-3, -2)
+        blocks = gram.unflatten(-1, (tokens, block)).unflatten(-3, (tokens, block)).transpose(-3, -2)
         jumps = blocks[..., 1:, :, :, :] - blocks[..., :-1, :, :, :]
 
         diagonal = [source[..., 0, :, :]]  # F(m, m)
