@@ -40,9 +40,11 @@ def linear_attention(
     query, key = _prepare(query, key, options)
     if not normalize:
         return integrate(drivers.linear_attention(key, value), query, **options)
-    result = integrate(drivers.linear_attention(key, pad(value, (0, 1), value=1.0)), query, **options)
+    wide = torch.promote_types(query.dtype, torch.float32)  # the quotient is rounded once, at the end
+    driver = drivers.linear_attention(key.to(wide), pad(value.to(wide), (0, 1), value=1.0))
+    result = integrate(driver, query.to(wide), **options)
     numerator, denominator = result.output[..., :-1], result.output[..., -1:]
-    return result._replace(output=numerator / torch.where(denominator == 0, 1, denominator))
+    return result._replace(output=(numerator / torch.where(denominator == 0, 1, denominator)).to(value.dtype))
 
 
 def retention(

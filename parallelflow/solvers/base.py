@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -40,11 +41,15 @@ class Stepwise(Factorisation):
         """``X`` with ``(I - G) X = right``; ``G``'s diagonal blocks of ``block`` rows are zero."""
 
     def solve(self, right: Tensor) -> Tensor:
-        return self.recursion(self.gram, right, self.block)
+        return self.recursion(self.gram, self._broadcast(right), self.block)
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         backwards = self.gram.transpose(-1, -2).flip(-1, -2)
-        return self.recursion(backwards, right.flip(-2), self.block).flip(-2)
+        return self.recursion(backwards, self._broadcast(right).flip(-2), self.block).flip(-2)
+
+    def _broadcast(self, right: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(self.gram.shape[:-2], right.shape[:-2])
+        return right.expand(*batch, *right.shape[-2:])
 
     def __getitem__(self, index) -> Stepwise:
         return type(self)(self.gram[index], self.block)
