@@ -166,5 +166,5 @@ def measure_lengths() -> Iterator[LengthFigures]:
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return (F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2),)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return (F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2),)

@@ -72,16 +72,16 @@ class GatedDeltaLayer(nn.Module):
     def prefill(self, inputs: Tensor) -> tuple[Tensor, Memory]:
         """The whole prompt at once, in chunks; its final state is where `step` goes on."""
         tensors, window = self.tensors(inputs, None)
-        mixed, state = functional.gated_delta_rule(*tensors, return_final_state=True)
-        assert state is not None
-        return self.read_out(mixed, inputs), Memory(window, state)
+        result = functional.gated_delta_rule(*tensors, return_final_state=True)
+        assert result.final_state is not None
+        return self.read_out(result.output, inputs), Memory(window, result.final_state)
 
     def step(self, inputs: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """One position, inputs [B, 1, width]."""
         tensors, window = self.tensors(inputs, memory.window)
-        mixed, state = step.gated_delta_rule(*(x[:, 0] for x in tensors), state=memory.state)
-        assert state is not None
-        return self.read_out(mixed[:, None], inputs), Memory(window, state)
+        result = step.gated_delta_rule(*(x[:, 0] for x in tensors), state=memory.state)
+        assert result.final_state is not None
+        return self.read_out(result.output[:, None], inputs), Memory(window, result.final_state)
 
 
 class GatedMLP(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,8 +19,8 @@ from parallelflow.cli.demo.state_tracking import TrackingFigures
 from parallelflow.cli.demo.training import LanguageFigures
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9741a", "#2e8b57", "#8a8a8a"
-STYLE = {
-    "figure.figsize": (7.2, 4.4),
+STYLE: Any = {
+    "figure.figsize": (7.2, 4.6),
     "figure.dpi": 150,
     "font.size": 10.5,
     "axes.spines.top": False,
@@ -110,8 +111,8 @@ def plot_tracking(figures: Sequence[TrackingFigures], trained_length: int, file:
             label = f"{result.name}: {result.accuracy:.1%}"
             axes.plot(positions, result.accuracy_by_position, color=colour, label=label)
         axes.axhline(1 / 6, color=GREY, linestyle="--", linewidth=1.2)
-        _note(axes, "guessing", 4 * trained_length, 1 / 6, GREY, xytext=(0, 4), ha="right")
+        _note(axes, "guessing", 4 * trained_length, 1 / 6, GREY, xytext=(0, 12), ha="right")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set(xlim=(0, 4 * trained_length), ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1.0])
-        axes.legend(loc="center right", bbox_to_anchor=(1, 0.68))
+        figure.legend(loc="outside lower left")
         return _save(figure, file)

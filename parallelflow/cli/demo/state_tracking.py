@@ -27,9 +27,6 @@ PRODUCT = torch.tensor(
 )
 """PRODUCT[a, b] is the number of the permutation a ∘ b: first b, then a."""
 
-START = len(PERMUTATIONS)
-"""The token before the first permutation."""
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -86,25 +83,27 @@ class PermutationTracker(nn.Module):
         heads, width = contender.heads, recipe.width
         self.heads, self.householders = heads, contender.householders
         self.largest_beta = contender.largest_beta
-        self.embedding = nn.Embedding(START + 1, width)
+        self.embedding = nn.Embedding(len(PERMUTATIONS), width)
         self.query = nn.Linear(width, heads * recipe.key_size, bias=False)
         self.key = nn.Linear(width, self.householders * heads * recipe.key_size, bias=False)
         self.value = nn.Linear(width, self.householders * heads * contender.value_size, bias=False)
         self.beta = nn.Linear(width, self.householders * heads)
+        self.initial_state = nn.Parameter(torch.randn(heads, recipe.key_size, contender.value_size))
         self.norm = nn.RMSNorm(contender.value_size)
         self.output = nn.Linear(heads * contender.value_size, width, bias=False)
         self.output_norm = nn.RMSNorm(width)
-        self.readout = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, START))
+        self.readout = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, len(PERMUTATIONS)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(F.pad(tokens, (1, 0), value=START))
+        hidden = self.embedding(tokens)
         rows = (self.householders, self.heads)
         query = F.normalize(self.query(hidden).unflatten(-1, (self.heads, -1)), dim=-1)
         key = F.normalize(self.key(hidden).unflatten(-1, (*rows, -1)), dim=-1)
         value = self.value(hidden).unflatten(-1, (*rows, -1))
         beta = self.largest_beta * self.beta(hidden).unflatten(-1, rows).sigmoid()
-        mixed = functional.delta_product(query, key, value, beta).output
-        return self.readout(self.output_norm(self.output(self.norm(mixed).flatten(-2))))[:, 1:]
+        state = self.initial_state.expand(len(tokens), -1, -1, -1)
+        mixed = functional.delta_product(query, key, value, beta, initial_state=state).output
+        return self.readout(self.output_norm(self.output(self.norm(mixed).flatten(-2))))
 
 
 def sequences(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
