@@ -55,9 +55,9 @@ class _Flow(torch.autograd.Function):
         if setting.sequence_starts is not None:
             results = [_Flow.apply(setting, *_pick(inputs, in_dims[1:], n)) for n in range(info.batch_size)]
             return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
-        merged = _merge(inputs, in_dims[1:], info.batch_size)
-        output, final, saved = _Flow.apply(setting, *merged)
-        return _unmerge((output, final), info.batch_size) + (_unmerge_saved(saved, info.batch_size),), (0, 0, 0)
+        # What is saved belongs to the merged batch, and goes back to it as it is.
+        output, final, saved = _Flow.apply(setting, *_merge(inputs, in_dims[1:], info.batch_size))
+        return (*_unmerge((output, final), info.batch_size), saved), (0, 0, None)
 
 
 class _FlowBackward(torch.autograd.Function):
@@ -117,9 +117,7 @@ class _FlowBackward(torch.autograd.Function):
             ]  # fmt: skip
             stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
             return stacked, (0,) * len(stacked)
-        saved = saved.unsqueeze(0).expand(size, *saved.shape) if in_dims[1] is None else saved.movedim(in_dims[1], 0)
-        merged_saved = saved.transpose(0, 1).flatten(1, 2)
-        gradients = _FlowBackward.apply(setting, merged_saved, *_merge(tensors, in_dims[2:], size))
+        gradients = _FlowBackward.apply(setting, saved, *_merge(tensors, in_dims[2:], size))
         return _unmerge(gradients, size), (0,) * len(gradients)
 
 
@@ -144,10 +142,6 @@ def _merge(tensors: tuple, dims: tuple, size: int) -> list[Tensor | None]:
 
 def _unmerge(tensors: tuple, size: int) -> tuple[Tensor, ...]:
     return tuple(tensor.unflatten(0, (size, -1)) for tensor in tensors)
-
-
-def _unmerge_saved(saved: Tensor, size: int) -> Tensor:
-    return saved.unflatten(1, (size, -1)).transpose(0, 1)
 
 
 # torch.compile: the same two functions as registered operators.

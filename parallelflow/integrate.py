@@ -14,6 +14,7 @@ from parallelflow.autograd import run
 from parallelflow.checks import expect_choice, expect_positive_integer, expect_tensor, show
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.problem import Inputs, Traits, canonical, sizes_of
+from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
@@ -113,7 +114,10 @@ def integrate(
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
         raise ValueError("log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)")
-    output, final = run(inputs, traits, Plan(int(chunk_size), solver, aggregate), starts, cu_seqlens)
+    if query.shape[1] == 1 and cu_seqlens is None:
+        output, final = advance(inputs, traits)
+    else:
+        output, final = run(inputs, traits, Plan(int(chunk_size), solver, aggregate), starts, cu_seqlens)
     return Result(output, final if return_final_state else None)
 
 
@@ -205,26 +209,44 @@ def _with_states(
     return_final_state: bool,
     options: dict,
 ) -> ResultWithStates:
-    """Runs from position to position, carrying the state: exact, whatever the chunks."""
-    if cu_seqlens is not None or cu_seqlens_cpu is not None:
-        raise ValueError("state_positions: got them together with cu_seqlens, expected a regular batch")
+    """Runs from position to position, carrying the state: exact, whatever the chunks.
+
+    On packed sequences a position counts tokens of the line; its state is that of the sequence it ends in.
+    """
+    inputs, _ = canonical(driver, query, initial_state, None)
+    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
     time = query.shape[1]
     places = [int(position) for position in positions]
-    if any(later < earlier for earlier, later in pairwise([0, *places, time])):
-        raise ValueError(f"state_positions: got {_brief(places)}, expected numbers that increase from 0 to T = {time}")
     if not places:
         raise ValueError("state_positions: got none, expected at least one number of tokens")
-    outputs, states, state = [], [], initial_state
+    if any(later < earlier for earlier, later in pairwise([0, *places, time])):
+        raise ValueError(f"state_positions: got {_brief(places)}, expected numbers that increase from 0 to T = {time}")
+    if starts is not None and places[0] == 0:
+        raise ValueError("state_positions: got 0 with packed sequences, expected positions after at least one token")
+    outputs, states = [], []
+    current = initial_state  # of every sequence, up to the last position
     for start, stop in pairwise([0, *places, time]):
-        part = integrate(
-            _slice(driver, start, stop), query[:, start:stop], initial_state=state, return_final_state=True, **options
-        )
-        outputs.append(part.output)
-        state = part.final_state
-        assert state is not None
-        states.append(state)
+        piece = None
+        if starts is not None:  # what each sequence has between the two positions
+            bounds = [min(max(bound, start), stop) - start for bound in starts]
+            piece = torch.tensor(bounds, dtype=torch.int64, device=query.device)
+        output, current = integrate(
+            _slice(driver, start, stop),
+            query[:, start:stop],
+            initial_state=current,
+            return_final_state=True,
+            cu_seqlens=piece,
+            **options,
+        )[:2]
+        assert current is not None
+        outputs.append(output)
+        if starts is None:
+            states.append(current)
+        else:
+            inside = max(sequence for sequence, bound in enumerate(starts[:-1]) if bound < max(stop, 1))
+            states.append(current[inside : inside + 1])
     return ResultWithStates(
-        torch.cat(outputs, 1), state if return_final_state else None, torch.stack(states[:-1], 1)
+        torch.cat(outputs, 1), current if return_final_state else None, torch.stack(states[:-1], 1)
     )
 
 
