@@ -114,6 +114,28 @@ def test_gradients_of_grouped_heads(model, heads):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
+def test_gradients_of_one_token(model):
+    sizes = TINY._replace(length=1, heads=2, value_heads=4)
+    tensors, _ = leaves(model, sizes)
+    first = gradients(call(model, tensors), tensors, create_graph=True)
+    wanted = gradients(reference(model, tensors), tensors, create_graph=True)
+    assert_gradients(first, wanted)
+    twice = lambda grads: sum(x.square().sum() for x in grads.values() if x is not None)  # noqa: E731
+    second = gradients([twice(first)], tensors)
+    assert_gradients(second, gradients([twice(wanted)], tensors))
+
+
+def test_gradients_of_no_token():
+    for model in STRUCTURES:
+        tensors, _ = leaves(model, TINY._replace(length=0))
+        expected = {name: torch.zeros_like(x) for name, x in tensors.items()}
+        expected["initial_state"] = torch.ones_like(tensors["initial_state"])
+        output, state = call(model, tensors)
+        grads = torch.autograd.grad(output.sum() + state.sum(), list(tensors.values()), allow_unused=True)
+        assert_gradients(dict(zip(tensors, grads, strict=True)), expected, what=model.name)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=by_name)
 def test_gradients_with_many_heads(model):
     """Where time may be walked in windows to bound memory, so every window edge is met."""
     sizes = Sizes(batch=2, length=13, heads=16, value_heads=64, key_size=2, value_size=1)

