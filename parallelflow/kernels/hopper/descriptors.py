@@ -41,14 +41,14 @@ def rows(tensor: torch.Tensor, width: int) -> TensorDescriptor:
 
 
 @lru_cache(maxsize=4096)
-def _blocks(address: int, dtype: torch.dtype, count: int, columns: int, height: int) -> TensorDescriptor:
-    return TensorDescriptor(_Address(address, dtype), [count, columns], [columns, 1], [height, CHUNK], _SWIZZLED)
+def _blocks(address: int, dtype: torch.dtype, count: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(_Address(address, dtype), [count, columns], [columns, 1], [CHUNK, columns], _SWIZZLED)
 
 
-def blocks(tensor: torch.Tensor, height: int) -> TensorDescriptor:
-    """Tiles of `height` × 64 of an array of matrices, seen as [rows, columns]."""
+def blocks(tensor: torch.Tensor) -> TensorDescriptor:
+    """Tiles of 64 whole rows of an array of matrices, seen as [rows, columns]."""
     columns = tensor.shape[-1]
-    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, height)
+    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns)
 
 
 @lru_cache(maxsize=4096)

@@ -5,16 +5,16 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def locate_sequence(sequence, tokens, token_offsets, chunk_offsets, PACKED: gl.constexpr):
+def locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED: gl.constexpr):
     """(first token, end token, first chunk) of a sequence: from tables when sequences are packed, by arithmetic otherwise."""
     if PACKED:
-        first = gl.load(token_offsets + sequence)
-        end = gl.load(token_offsets + sequence + 1)
-        chunk = gl.load(chunk_offsets + sequence)
+        first = gl.load(cu_seqlens + sequence)
+        end = gl.load(cu_seqlens + sequence + 1)
+        chunk = gl.load(offsets + sequence)
     else:
         first = sequence * tokens
         end = first + tokens
-        chunk = sequence * ((tokens + 63) // 64)
+        chunk = sequence * per_sequence
     return first, end, chunk
 
 
@@ -35,3 +35,16 @@ def unpack(x):
         )
     else:
         return x.to(gl.float32)
+
+
+@gluon.jit
+def state_offsets(value_dim, layout: gl.constexpr, K: gl.constexpr):
+    """Where the elements of a transposed tile [64 values, K keys] of a state [K, V] lie.
+
+    The stride passes through an opaque move: offsets that a scan needs before and after its loop are then computed twice
+    rather than kept in registers throughout.
+    """
+    stride = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value_dim], dtype=gl.int32, is_pure=False, pack=1)
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    column = gl.arange(0, K, gl.SliceLayout(0, layout))
+    return column[None, :] * stride + row[:, None]

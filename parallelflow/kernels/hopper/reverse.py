@@ -1,22 +1,19 @@
 """The reverse scan on Hopper: the gradient of the state, carried from the last chunk of each sequence to the first.
 
-With dS₁ the gradient of a chunk's exit state, dO the outputs' gradient and the forward's A' = T diag(β), P, c:
+With dS₁ the gradient of a chunk's exit state, dO the outputs' gradient and the arrays of ``prepare``:
 
-    W   = Pᵀ dO + e^{c_C − c} ⊙ K dS₁                               the gradient of X
-    Z   = A'ᵀ W  = β ⊙ (Tᵀ W)  = d_value                            (tied rows; W itself is d_value for write-only rows)
-    dS₀ = e^{c_C} dS₁ + scale · (e^c ⊙ Q)ᵀ dO − (e^c ⊙ K)ᵀ Z         (the last term for tied rows only)
+    Z   = scoresᵀ dO + to_end ⊙ K dS₁                                 the gradient of R
+    W   = inverseᵀ Z = d_value                                        (Z itself for rows that only write)
+    dS₀ = total dS₁ + scale · (from_start ⊙ Q)ᵀ dO − (from_start ⊙ K)ᵀ W      (the last term for rows that read)
 
 Only what depends on dS₁ stays on the chain from chunk to chunk.  One program carries 64 value columns of one head of one sequence:
 
-    state    (4 warps)  keeps dS transposed, [64 values × K keys], in its accumulators; hands dS₁ and Z out through shared memory
-    adjoint  (4 warps)  forms Pᵀ dO and e^c ⊙ dO, a chunk or two ahead of the chain
+    state    (4 warps)  keeps dS transposed, [64 values × K keys], in its accumulators; hands dS₁ and W out through shared memory
+    adjoint  (4 warps)  forms scoresᵀ dO and scale · from_start ⊙ dO, a chunk or two ahead of the chain
     load     (1 warp)   fetches the tiles of the chunks ahead (TMA)
-    store    (1 warp)   sends the exit gradients and Z to memory (TMA)
+    store    (1 warp)   sends the exit gradients and W to memory (TMA)
 """
 
-from typing import NamedTuple
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,9 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .descriptors import blocks, rows, vectors
-from .primitives import chunk_window, locate_sequence, unpack
-from .sequences import Sequences
+from .primitives import chunk_window, locate_sequence, state_offsets, unpack
 
 
 @gluon.jit
@@ -82,8 +77,8 @@ def adjoint_role(tiles, ready, inward, scale, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def state_role(
-    tiles, ready, free, handover, total_pointer, final_pointer, initial_pointer, heads, count, value_dim,
-    K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, ORDER: gl.constexpr,
+    tiles, ready, free, handover, final_pointer, initial_pointer, count, value_dim,
+    K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, gradient_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles = tiles
     inward, outward = handover
@@ -94,12 +89,9 @@ def state_role(
     state_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
     token_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=token_layout, k_width=2)
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
-    row = gl.arange(0, 64, gl.SliceLayout(1, state_layout))
-    column = gl.arange(0, K, gl.SliceLayout(0, state_layout))
-    offset = column[None, :] * value_dim + row[:, None]
     zero = gl.zeros([64, 64], gl.float32, token_layout)
     if FINAL:
-        state = gl.load(final_pointer + offset)
+        state = gl.load(final_pointer + state_offsets(value_dim, state_layout, K))
     else:
         state = gl.zeros([64, K], gl.float32, state_layout)
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
@@ -108,7 +100,7 @@ def state_role(
     mbarrier.wait(spread_ready.index(0), 0, pred=count > 0)
     spread = spread_tiles.index(0).load(token_layout)
     mbarrier.arrive(spread_free.index(0), count=1)
-    total = gl.load(total_pointer, mask=count > 0, other=1.0)
+    total = from_start_tiles.index(0).slice(63, 1).load(gl.SliceLayout(1, state_layout))
     for j in range(count):
         slot = j % STAGES
         pair = j % 2
@@ -117,32 +109,22 @@ def state_role(
         seen = warpgroup_mma(gl.convert_layout(rounded, token_operand, assert_trivial=True), key.permute((1, 0)), zero,
                              use_acc=False, is_async=True)  # fmt: skip
         mbarrier.wait(exit_free, (j & 1) ^ 1)
-        exit_tile.permute((1, 0)).store(rounded)
+        exit_tile.store(rounded)
         mbarrier.arrive(exit_ready, count=1)
-        state = state * total
+        state = state * total[:, None]
         gradient = gradient_tiles.index(slot).reshape([64, 64]).permute((1, 0))
         query = query_tiles.index(slot).reshape([64, K])
-        if ORDER == 1:
-            state = warpgroup_mma(gradient, query, state, is_async=True)
-            seen = warpgroup_mma_wait(1, deps=(seen,))
-        else:
-            seen = warpgroup_mma_wait(0, deps=(seen,))
+        seen = warpgroup_mma_wait(0, deps=(seen,))
         solution = spread + seen * to_end[None, :]
         if SOLVE:
             operand = gl.convert_layout(solution.to(dtype), token_operand, assert_trivial=True)
             solution = warpgroup_mma(operand, inverse_tiles.index(slot), zero, use_acc=False, is_async=True)
-            if ORDER == 1:
-                solution, update = warpgroup_mma_wait(0, deps=(solution, state))
-            else:
-                update = warpgroup_mma(gradient, query, state, is_async=True)
-                solution = warpgroup_mma_wait(1, deps=(solution,))
+            update = warpgroup_mma(gradient, query, state, is_async=True)
+            solution = warpgroup_mma_wait(1, deps=(solution,))
             weighted = gl.convert_layout((solution * -from_start[None, :]).to(dtype), state_operand, assert_trivial=True)
             update = warpgroup_mma(weighted, key, update, is_async=True)
         else:
-            if ORDER == 1:
-                update = state
-            else:
-                update = warpgroup_mma(gradient, query, state, is_async=True)
+            update = warpgroup_mma(gradient, query, state, is_async=True)
         mbarrier.wait(solution_free, (j & 1) ^ 1)
         solution_tile.reshape([64, 64]).permute((1, 0)).store(solution.to(dtype))
         mbarrier.arrive(solution_ready, count=1)
@@ -154,17 +136,17 @@ def state_role(
         from_start = from_start_tiles.index(following % STAGES).load(gl.SliceLayout(0, token_layout))
         to_end = to_end_tiles.index(following % STAGES).load(gl.SliceLayout(0, token_layout))
         spread = spread_tiles.index(following % 2).load(token_layout)
-        total = gl.load(total_pointer - following * heads, mask=more, other=1.0)
+        total = from_start_tiles.index(following % STAGES).slice(63, 1).load(gl.SliceLayout(1, state_layout))
         state = warpgroup_mma_wait(0, deps=(update,))
         mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(spread_free.index(following % 2), count=1, pred=more)
     if INITIAL:
-        gl.store(initial_pointer + offset, state)
+        gl.store(initial_pointer + state_offsets(value_dim, state_layout, K), state)
 
 
 @gluon.jit
 def store_role(
-    descriptors, outward, first_token, end_token, chunk, head, column, heads, first_column, count, K: gl.constexpr,
+    descriptors, outward, first_token, end_token, chunk, head, column, heads, value_dim, first_column, count,
 ):  # fmt: skip
     exit, solution = descriptors
     exit_tile, exit_ready, exit_free, solution_tile, solution_ready, solution_free = outward
@@ -173,7 +155,7 @@ def store_role(
         window, skip = chunk_window(first_token, end_token, i)
         mbarrier.wait(exit_ready, j & 1)
         fence_async_shared()
-        tma.async_copy_shared_to_global(exit, [((chunk + i) * heads + head) * K, first_column], exit_tile)
+        tma.async_copy_shared_to_global(exit, [((chunk + i) * heads + head) * value_dim + first_column, 0], exit_tile)
         tma.store_wait(1)
         mbarrier.arrive(solution_free, count=1, pred=j > 0)
         mbarrier.wait(solution_ready, j & 1)
@@ -184,12 +166,12 @@ def store_role(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "key_heads", "heads", "value_dim"])
+@gluon.jit(do_not_specialize=["tokens", "per_sequence", "key_heads", "heads", "value_dim"])
 def reverse_kernel(
-    query, key, gradient, inverse, scores, from_start, to_end, total, exit, solution, final_gradient, initial_gradient,
-    token_offsets, chunk_offsets, scale, tokens, key_heads, heads, value_dim,
+    query, key, gradient, inverse, scores, from_start, to_end, exit, solution, final_gradient, initial_gradient,
+    cu_seqlens, offsets, scale, tokens, per_sequence, key_heads, heads, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
-    PACKED: gl.constexpr, ADJOINT_REGISTERS: gl.constexpr, ORDER: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     program = gl.program_id(0)
     parts = value_dim // 64
@@ -197,9 +179,10 @@ def reverse_kernel(
     head = (program // parts) % heads
     sequence = program // parts // heads
     key_head = head // (heads // key_heads)
-    first_token, end_token, chunk = locate_sequence(sequence, tokens, token_offsets, chunk_offsets, PACKED)
+    first_token, end_token, chunk = locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + 63) // 64
-    column = head * value_dim + part * 64
+    first_column = part * 64
+    column = head * value_dim + first_column
 
     dtype: gl.constexpr = key.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -212,7 +195,7 @@ def reverse_kernel(
     from_start_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
     to_end_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
     spread_tiles = gl.allocate_shared_memory(gl.float32, [2, 64, 64], spread_layout)
-    exit_tile = gl.allocate_shared_memory(dtype, [K, 64], square)
+    exit_tile = gl.allocate_shared_memory(dtype, [64, K], square)
     solution_tile = gl.allocate_shared_memory(dtype, [1, 64, 64], gradient.layout)
 
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
@@ -241,66 +224,13 @@ def reverse_kernel(
     inward = (spread_tiles, spread_ready, spread_free)
     outward = (exit_tile, exit_ready, exit_free, solution_tile, solution_ready, solution_free)
     handover = (inward, outward)
-    carried = (sequence * heads + head).to(gl.int64) * K * value_dim + part * 64
-    last_total = total + (chunk + count - 1) * heads + head
+    carried = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
     gl.warp_specialize([
-        (state_role, (tiles, ready, free, handover, last_total, final_gradient + carried, initial_gradient + carried, heads, count,
-                      value_dim, K, STAGES, SOLVE, FINAL, INITIAL, ORDER)),
+        (state_role, (tiles, ready, free, handover, final_gradient + carried, initial_gradient + carried, count, value_dim,
+                      K, STAGES, SOLVE, FINAL, INITIAL)),
         (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
         (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads, count,
                      K, STAGES, SOLVE)),
-        (store_role, (targets, outward, first_token, end_token, chunk, head, column, heads, part * 64, count, K)),
-    ], [4, 1, 1], [ADJOINT_REGISTERS, 40, 40])  # fmt: skip
-
-
-import os
-ORDER = int(os.environ.get('RO', '0'))
-
-
-class ReverseScan(NamedTuple):
-    """The gradients of the exit states and of the values (the adjoint solution); of the initial states when asked for."""
-
-    exit_gradients: torch.Tensor
-    d_value: torch.Tensor
-    d_initial_state: torch.Tensor | None
-
-
-def reverse_scan(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    d_output: torch.Tensor,
-    inverse: torch.Tensor | None,
-    scores: torch.Tensor,
-    from_start: torch.Tensor,
-    to_end: torch.Tensor,
-    total: torch.Tensor,
-    *,
-    sequences: Sequences,
-    scale: float,
-    d_final_state: torch.Tensor | None = None,
-    need_d_initial_state: bool = False,
-) -> ReverseScan:
-    """Scan every sequence backward; the arrays are those of ``forward_scan``, `d_output` [B,T,HV,V] in the dtype of `key`.
-
-    exit_gradients [M,HV,K,V] and d_value [B,T,HV,V] in the dtype of `d_output`; d_final_state, d_initial_state [N,HV,K,V] float32.
-    """
-    key_dim, heads, value_dim = key.shape[-1], d_output.shape[-2], d_output.shape[-1]
-    solve = inverse is not None
-    d_value = torch.empty_like(d_output)
-    exits = d_output.new_empty(sequences.chunks, heads, key_dim, value_dim)
-    initial = None
-    if need_d_initial_state:
-        initial = torch.empty(sequences.count, heads, key_dim, value_dim, dtype=torch.float32, device=key.device)
-    reverse_kernel[(sequences.count * heads * (value_dim // 64),)](
-        rows(query, key_dim), rows(key, key_dim), rows(d_output, 64),
-        blocks(inverse if solve else scores, 64), blocks(scores, 64), vectors(from_start), vectors(to_end), total,
-        blocks(exits, key_dim), rows(d_value, 64),
-        d_final_state if d_final_state is not None else total,
-        initial if initial is not None else total,
-        sequences.token_offsets if sequences.packed else total,
-        sequences.chunk_offsets if sequences.packed else total,
-        scale, sequences.tokens, key.shape[-2], heads, value_dim,
-        K=key_dim, STAGES=3, SOLVE=int(solve), FINAL=int(d_final_state is not None), INITIAL=int(need_d_initial_state),
-        PACKED=int(sequences.packed), ADJOINT_REGISTERS=120, ORDER=ORDER, num_warps=4, maxnreg=168,
-    )  # fmt: skip
-    return ReverseScan(exits, d_value, initial)
+        (store_role, (targets, outward, first_token, end_token, chunk, head, column, heads, value_dim,
+                      first_column, count)),
+    ], [4, 1, 1], [120, 40, 40])  # fmt: skip
