@@ -45,13 +45,13 @@ venv:
 $(VENV)/made-from:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "ParallelFlow needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@echo "Making the virtual environment $(VENV) from requirements.txt ..."
+	@echo "Making the virtual environment $(VENV): $(TORCH), then the rest of requirements.txt. A minute or two ..."
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) \
 		|| { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@$(PIP) install --quiet $(TORCH)
-	@$(PIP) install --quiet --no-deps --requirement requirements.txt
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install -qq $(TORCH)
+	@$(PIP) install -qq --no-deps --requirement requirements.txt
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@cat requirements.txt pyproject.toml > $@
 	@echo "Done: $$($(BIN)/python -c 'import torch; print("torch", torch.__version__)')"
 

@@ -50,12 +50,13 @@ CONTENDERS = (
 class Recipe:
     """How every contender is trained. Lengths grow to `length` over the first share `growing` of the steps."""
 
-    steps: int = 1000
+    steps: int = 900
     length: int = 32
-    batch: int = 64
+    batch: int = 32
     growing: float = 0.3
     learning_rate: float = 1e-2
     key_size: int = 4
+    chunk_size: int = 16
     width: int = 32
     test_sequences: int = 512
     seed: int = 0
@@ -82,7 +83,7 @@ class PermutationTracker(nn.Module):
         super().__init__()
         heads, width = contender.heads, recipe.width
         self.heads, self.householders = heads, contender.householders
-        self.largest_beta = contender.largest_beta
+        self.largest_beta, self.chunk_size = contender.largest_beta, recipe.chunk_size
         self.embedding = nn.Embedding(len(PERMUTATIONS), width)
         self.query = nn.Linear(width, heads * recipe.key_size, bias=False)
         self.key = nn.Linear(width, self.householders * heads * recipe.key_size, bias=False)
@@ -102,7 +103,9 @@ class PermutationTracker(nn.Module):
         value = self.value(hidden).unflatten(-1, (*rows, -1))
         beta = self.largest_beta * self.beta(hidden).unflatten(-1, rows).sigmoid()
         state = self.initial_state.expand(len(tokens), -1, -1, -1)
-        mixed = functional.delta_product(query, key, value, beta, initial_state=state).output
+        mixed = functional.delta_product(
+            query, key, value, beta, initial_state=state, chunk_size=self.chunk_size
+        ).output
         return self.readout(self.output_norm(self.output(self.norm(mixed).flatten(-2))))
 
 
