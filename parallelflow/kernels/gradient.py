@@ -1,20 +1,23 @@
 """Gradients of query, key, beta and log-decay, for all chunks at once, from the states and their gradients.
 
-Per chunk and value head, with S the state at the entry, dS its gradient at the exit (both transposed in memory), R and
-W = dV from the scans, c the decay sums, D[t, s] = e^{c_t - c_s} and w = beta e^{c_C - c}:
+Per chunk and value head, with S the state at the entry, E the gradient of the state at the exit (both transposed in
+memory), R and W = dV from the scans, c the decay sums and D[t, s] = e^{c_t - c_s}:
 
-    F = dO R^T        dA = F D beta_s scale (s <= t)        dB = -(W R^T) D beta_s (s < t)
+    dA = (dO R^T) D beta_s scale (s <= t)          dB = -(W R^T) D beta_s (s < t)
     dQ = scale e^c dO S^T + dA K
-    dK = w R dS^T - e^c W S^T + dA^T Q + (dB + dB^T) K
+    dK = beta e^{c_C - c} R E^T - e^c W S^T + dA^T Q + (dB + dB^T) K
     d(beta_s) = W_s . R_s / beta_s
-              = (sum over t of q_t.k_s dA[t, s] + k_t.k_s dB[t, s]) / beta_s + e^{c_C - c_s} k_s . (R dS^T)_s
+              = (sum over t of q_t.k_s dA[t, s] + k_t.k_s dB[t, s]) / beta_s + e^{c_C - c_s} k_s . (R E^T)_s
 
-The second form is taken for rows that only write, and where beta is 0 or too small to divide by (2^-40; 2^-6 in float16,
-whose W would underflow): there the division is left out by not multiplying beta in.  The first form is taken elsewhere,
-because the terms of the second cancel when the keys are strongly correlated.  The decay sums get
-the row sums less the column sums of the same two products, q_t . dQ and k_t . dK of the parts read from the entry
-state, and, through c_C, the parts that reach the exit state; the log-decays get their suffix sums.
-Value heads that share a key head are summed in a fixed order inside one program.
+The second form of d(beta) is taken for rows that only write, and where beta is 0 or too small to divide by (2^-40; 2^-6
+in float16, whose W would underflow): there the division is left out by not multiplying beta in.  The first form is
+taken elsewhere, because the terms of the second cancel when the keys are strongly correlated.  The decay sums get the
+row sums less the column sums of the same two products, q_t . dQ and k_t . dK of the parts read from the entry state,
+and, through c_C, the parts that reach the exit state; the log-decays get their suffix sums.
+
+Three launches: `pairs_kernel` forms dA and dB, summed over the value heads of a key head (they share Q and K, so the
+products with Q and K come once per key head); `states_kernel` adds what passes through the states; `sums_kernel`
+finishes beta and the decay.  Every sum over heads or tiles has a fixed order inside one program.
 """
 
 import torch
@@ -28,11 +31,10 @@ from .products import float32_precision
 
 
 @triton.jit
-def load_rows(upper, lower, row, second, valid, channel, heads: tl.constexpr, size: tl.constexpr):
-    """Tokens `row` and channels `channel` of one head of [T, heads, size]: of `lower` where `second`, else of `upper`."""
-    base = tl.where(second, lower, upper)
-    offset = row[:, None] * (heads * size) + channel[None, :]
-    return tl.load(base[:, None] + offset, mask=valid[:, None] & (channel < size)[None, :], other=0.0)
+def load_rows(base, row, valid, channel, heads: tl.constexpr, size: tl.constexpr):
+    """Tokens `row` and channels `channel` of one head of [T, heads, size], 0 outside."""
+    inside = valid[:, None] & (channel < size)[None, :]
+    return tl.load(base + row[:, None] * (heads * size) + channel[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -42,144 +44,207 @@ def load_state(base, channel, column, K: tl.constexpr, V: tl.constexpr):
     return tl.load(base + channel[:, None] * K + column[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence"])
-def gradient_kernel(query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, cumulative,
-                    d_query, d_key, d_beta, d_log_decay, table, time, per_sequence, scale, tokens,
-                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
-                    PACKED: tl.constexpr, TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
-                    DIVISIBLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One chunk, key head and tile of key channels; beta's and the decay's gradients are partial sums over the tiles.
+@triton.jit
+def gram(left, right, row, valid, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+         PRECISION: tl.constexpr):  # fmt: skip
+    """left @ right^T of one head's rows, [C, C]."""
+    total = tl.zeros([C, C], tl.float32)
+    for start in tl.static_range(0, K, BK):
+        column = start + tl.arange(0, BK)
+        a = load_rows(left, row, valid, column, H, K)
+        b = load_rows(right, row, valid, column, H, K)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
 
-    The queries' side and the reads' side are alike, so tied rows stack them: [Q; K], [dO; W], [dQ; the reads' dK] with 2C
-    rows.  The writes' dK is kept transposed, [BK, C].  Both fill eight warps of the tensor cores.
-    """
+
+@triton.jit(do_not_specialize=["time", "per_sequence"])
+def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_pairs, down_sums, cross_sums, aligned,
+                 table, time, per_sequence, scale,
+                 H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                 C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
+                 HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dA and dB of one chunk and key head [2, C, C]; per value head their sums with the products they belong to."""
     chunk = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
-    tile = tl.program_id(1)
     first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
-    token = tl.arange(0, C)
-    valid = token < length
-    S: tl.constexpr = 2 if TIED else 1
-    row = tl.arange(0, S * C) % C
-    second = tl.arange(0, S * C) >= C
-    row_valid = row < length
-    keep = tl.where(second, row - 1, row)[:, None] >= token[None, :]  # s <= t for the queries, s < t for the reads
-    column = tile * BK + tl.arange(0, BK)
+    row = tl.arange(0, C)
+    valid = row < length
     head_key = (first * H + head) * K
-    alone = token >= C
-    k = load_rows(key + head_key, key + head_key, token, alone, valid, column, H, K)
-    qk = load_rows(query + head_key, key + head_key, row, second, row_valid, column, H, K)
-    if TILES == 1:
-        gram = tl.dot(qk, tl.trans(k), input_precision=PRECISION)
-    else:
-        gram = tl.zeros([S * C, C], tl.float32)
-        for start in range(0, K, BK):
-            part = start + tl.arange(0, BK)
-            k_part = load_rows(key + head_key, key + head_key, token, alone, valid, part, H, K)
-            qk_part = load_rows(query + head_key, key + head_key, row, second, row_valid, part, H, K)
-            gram = tl.dot(qk_part, tl.trans(k_part), gram, input_precision=PRECISION)
-    dtype: tl.constexpr = key.dtype.element_ty
-    side = tl.where(second, -1.0, scale)
-    d_reads = tl.zeros([S * C, BK], tl.float32)
-    d_writes = tl.zeros([BK, C], tl.float32)
-    for j in tl.range(0, HV // H, num_stages=STAGES):
+    read = gram(query + head_key, key + head_key, row, valid, H, K, C, BK, PRECISION)
+    da = tl.zeros([C, C], tl.float32)
+    if TIED:
+        own = gram(key + head_key, key + head_key, row, valid, H, K, C, BK, PRECISION)
+        db = tl.zeros([C, C], tl.float32)
+    causal = row[:, None] >= row[None, :]
+    strict = row[:, None] > row[None, :]
+    for j in range(HV // H):
         value_head = head * (HV // H) + j
         flat = chunk * HV + value_head
-        place = (first + token) * HV + value_head
         head_value = (first * HV + value_head) * V
-        state_base = flat * K * V
+        f = tl.zeros([C, C], tl.float32)
+        n = tl.zeros([C, C], tl.float32)
+        for part in tl.static_range(0, V, BV):
+            channel = part + tl.arange(0, BV)
+            do = load_rows(d_output + head_value, row, valid, channel, HV, V)
+            r = load_rows(innovation + head_value, row, valid, channel, HV, V)
+            f = tl.dot(do, tl.trans(r), f, input_precision=PRECISION)
+            if TIED:
+                w = load_rows(d_value + head_value, row, valid, channel, HV, V)
+                n = tl.dot(w, tl.trans(r), n, input_precision=PRECISION)
         weight = tl.where(valid, 1.0, 0.0)
         if HAS_BETA:
+            place = (first + row) * HV + value_head
             weight = tl.load(beta + place, mask=valid, other=0.0).to(tl.float32)
         if HAS_DECAY:
-            sums = cumulative + flat * 2 * C
-            high = tl.load(sums + token)
-            low = tl.load(sums + C + token)
-            row_high = tl.load(sums + row)
-            row_low = tl.load(sums + C + row)
-            end_high = tl.load(sums + C - 1)
-            end_low = tl.load(sums + 2 * C - 1)
-            row_scale = tl.exp2(row_high) * side
+            high = tl.load(cumulative + flat * 2 * C + row)
+            low = tl.load(cumulative + flat * 2 * C + C + row)
+            decay = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], causal)
+            f *= decay * scale
         else:
-            row_scale = side
-        # what the state at the entry gives the queries and the reads
-        entry = tl.zeros([S * C, BK], tl.float32)
+            f = tl.where(causal, f, 0.0) * scale
+        da += f * weight[None, :]
+        f *= read
+        down = tl.sum(f, 0)
+        cross = tl.sum(f * weight[None, :], 1)
+        if TIED:
+            tl.store(aligned + flat * C + row, tl.sum(tl.where(row[:, None] == row[None, :], n, 0.0), 1))
+            n = tl.where(strict, n * decay if HAS_DECAY else n, 0.0)
+            db -= n * weight[None, :]
+            n *= own
+            down -= tl.sum(n, 0)
+            cross -= tl.sum(n * weight[None, :], 1)
+        if HAS_BETA or HAS_DECAY:
+            tl.store(down_sums + flat * C + row, down)
+        if HAS_DECAY:
+            tl.store(cross_sums + flat * C + row, cross - down * weight)
+    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
+    tl.store(d_pairs + square, da.to(d_pairs.dtype.element_ty))
+    if TIED:
+        tl.store(d_pairs + square + C * C, (db + tl.trans(db)).to(d_pairs.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["time", "per_sequence", "count"])
+def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, cumulative, d_pairs,
+                  d_query, d_key, entry_sums, exit_sums, overlaps, table, time, per_sequence, scale, count,
+                  H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                  C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
+                  TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """dQ and dK of one chunk, key head and tile of key channels, and that tile's part of the vector sums."""
+    tile = tl.program_id(0) % TILES
+    chunk = (tl.program_id(0) // TILES // H).to(tl.int64)
+    head = tl.program_id(0) // TILES % H
+    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    row = tl.arange(0, C)
+    valid = row < length
+    column = tile * BK + tl.arange(0, BK)
+    head_key = (first * H + head) * K
+    dq = tl.zeros([C, BK], tl.float32)
+    dk = tl.zeros([C, BK], tl.float32)
+    for j in range(HV // H):
+        value_head = head * (HV // H) + j
+        flat = chunk * HV + value_head
+        part_flat = tile.to(tl.int64) * count * HV + flat
+        head_value = (first * HV + value_head) * V
+        base = flat * K * V
+        weight = tl.where(valid, 1.0, 0.0)
+        if HAS_BETA:
+            weight = tl.load(beta + (first + row) * HV + value_head, mask=valid, other=0.0).to(tl.float32)
+        q_entry = tl.zeros([C, BK], tl.float32)
+        k_entry = tl.zeros([C, BK], tl.float32)
+        k_exit = tl.zeros([C, BK], tl.float32)
         overlap = 0.0
-        for part in tl.static_range(PARTS):
-            channel = part * BV + tl.arange(0, BV)
-            d_state = load_state(exit_gradients + state_base, channel, column, K, V)
-            state = load_state(entry_states + state_base, channel, column, K, V)
-            dow = load_rows(d_output + head_value, d_value + head_value, row, second, row_valid, channel, HV, V)
-            r = load_rows(innovation + head_value, innovation + head_value, token, alone, valid, channel, HV, V)
+        for part in tl.static_range(0, V, BV):
+            channel = part + tl.arange(0, BV)
+            state = load_state(entry_states + base, channel, column, K, V)
+            do = load_rows(d_output + head_value, row, valid, channel, HV, V)
+            q_entry = tl.dot(do, state, q_entry, input_precision=PRECISION)
+            if TIED:
+                w = load_rows(d_value + head_value, row, valid, channel, HV, V)
+                k_entry = tl.dot(w, state, k_entry, input_precision=PRECISION)
+            d_state = load_state(exit_gradients + base, channel, column, K, V)
+            r = load_rows(innovation + head_value, row, valid, channel, HV, V)
+            k_exit = tl.dot(r, d_state, k_exit, input_precision=PRECISION)
             if HAS_DECAY:
                 overlap += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
-            entry = tl.dot(dow, state, entry, input_precision=PRECISION)
-        entry *= row_scale[:, None]
-        if HAS_DECAY:  # read again: held over the loop it would cost a third of the registers
-            again = load_rows(query + head_key, key + head_key, row, second, row_valid, column, H, K)
-            row_sum = tl.sum(entry * again.to(tl.float32), 1)
-        d_reads += entry
-        # what reaches the state at the exit
-        to_exit = tl.zeros([BK, C], tl.float32)
-        for part in tl.static_range(PARTS):
-            if PARTS > 1:
-                channel = part * BV + tl.arange(0, BV)
-                d_state = load_state(exit_gradients + state_base, channel, column, K, V)
-                r = load_rows(innovation + head_value, innovation + head_value, token, alone, valid, channel, HV, V)
-            to_exit = tl.dot(tl.trans(d_state), tl.trans(r), to_exit, input_precision=PRECISION)
         if HAS_DECAY:
-            to_exit *= tl.exp2((end_high - high) + (end_low - low))[None, :]
-        again = load_rows(key + head_key, key + head_key, token, alone, valid, column, H, K)
-        exits = tl.sum(to_exit * tl.trans(again).to(tl.float32), 0)
-        d_writes += to_exit * weight[None, :]
-        # what stays inside the chunk
-        pairs = tl.zeros([S * C, C], tl.float32)
-        for part in tl.static_range(PARTS):
-            if PARTS > 1:
-                channel = part * BV + tl.arange(0, BV)
-                dow = load_rows(d_output + head_value, d_value + head_value, row, second, row_valid, channel, HV, V)
-                r = load_rows(innovation + head_value, innovation + head_value, token, alone, valid, channel, HV, V)
-            pairs = tl.dot(dow, tl.trans(r), pairs, input_precision=PRECISION)
-        if TIED:
-            aligned = tl.sum(tl.where(second[:, None] & (row[:, None] == token[None, :]), pairs, 0.0), 0)
-        if HAS_DECAY:
-            decay = decay_between(row_high[:, None], row_low[:, None], high[None, :], low[None, :], keep)
-            pairs *= decay * side[:, None]
+            high = tl.load(cumulative + flat * 2 * C + row)
+            low = tl.load(cumulative + flat * 2 * C + C + row)
+            end_high = tl.load(cumulative + flat * 2 * C + C - 1)
+            end_low = tl.load(cumulative + flat * 2 * C + 2 * C - 1)
+            from_start = tl.exp2(high)
+            q_entry *= (from_start * scale)[:, None]
+            k_exit *= tl.exp2((end_high - high) + (end_low - low))[:, None]
+            q = load_rows(query + head_key, row, valid, column, H, K).to(tl.float32)
+            entry_sum = tl.sum(q_entry * q, 1)
         else:
-            pairs = tl.where(keep, pairs, 0.0) * side[:, None]
-        d_gram = (pairs * weight[None, :]).to(dtype)
-        d_reads = tl.dot(d_gram, k, d_reads, input_precision=PRECISION)
-        d_writes = tl.dot(tl.trans(qk), d_gram, d_writes, input_precision=PRECISION)
-        pairs *= gram
-        if TILES > 1:
-            pairs = tl.where(tile == 0, pairs, 0.0)
-        down = tl.sum(pairs, 0)
-        slot = tile.to(tl.int64) * tokens + place
-        if HAS_BETA:
-            slope = down + exits
-            if TIED:
-                divisible = tl.abs(weight) > DIVISIBLE
-                exact = tl.where(tile == 0, aligned / tl.where(divisible, weight, 1.0), 0.0)
-                slope = tl.where(divisible, exact, slope)
-            tl.store(d_beta + slot, slope.to(d_beta.dtype.element_ty), mask=valid)
+            q_entry *= scale
+        k = load_rows(key + head_key, row, valid, column, H, K).to(tl.float32)
+        if TIED:
+            if HAS_DECAY:
+                k_entry *= from_start[:, None]
+                entry_sum -= tl.sum(k_entry * k, 1)
+            dk -= k_entry
         if HAS_DECAY:
-            row_sum += tl.sum(pairs * weight[None, :], 1)
-            d_sum = tl.sum(tl.reshape(row_sum, [S, C]), 0) - down * weight
-            exits *= weight
-            whole = tl.exp2(end_high + end_low) * overlap
-            d_decay = tl.cumsum(d_sum, 0, reverse=True) + (tl.cumsum(exits, 0) - exits) + whole
-            tl.store(d_log_decay + slot, d_decay.to(d_log_decay.dtype.element_ty), mask=valid)
-    offset = head_key + token[:, None] * (H * K) + column[None, :]
-    inside = valid[:, None] & (column < K)[None, :]
-    dk = tl.trans(d_writes)
+            tl.store(entry_sums + part_flat * C + row, entry_sum)
+            tl.store(overlaps + part_flat, overlap * tl.exp2(end_high + end_low))
+        if HAS_BETA or HAS_DECAY:
+            tl.store(exit_sums + part_flat * C + row, tl.sum(k_exit * k, 1))
+        dq += q_entry
+        dk += k_exit * weight[:, None]
+    q = load_rows(query + head_key, row, valid, column, H, K)
+    k = load_rows(key + head_key, row, valid, column, H, K)
+    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
+    da = tl.load(d_pairs + square)
+    dq = tl.dot(da, k, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(da), q, dk, input_precision=PRECISION)
     if TIED:
-        dq, dk_reads = tl.split(tl.permute(tl.reshape(d_reads, [2, C, BK]), (1, 2, 0)))
-        dk += dk_reads
-    else:
-        dq = d_reads
-    tl.store(d_query + offset, dq.to(dtype), mask=inside)
-    tl.store(d_key + offset, dk.to(dtype), mask=inside)
+        dk = tl.dot(tl.load(d_pairs + square + C * C), k, dk, input_precision=PRECISION)
+    offset = head_key + row[:, None] * (H * K) + column[None, :]
+    inside = valid[:, None] & (column < K)[None, :]
+    tl.store(d_query + offset, dq.to(d_query.dtype.element_ty), mask=inside)
+    tl.store(d_key + offset, dk.to(d_key.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["time", "per_sequence", "count"])
+def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps, d_beta, d_log_decay,
+                table, time, per_sequence, count,
+                HV: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
+                TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
+                DIVISIBLE: tl.constexpr):  # fmt: skip
+    """d(beta) and d(log_decay) of one chunk and a few value heads."""
+    groups: tl.constexpr = (HV + HEADS - 1) // HEADS
+    chunk = (tl.program_id(0) // groups).to(tl.int64)
+    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
+    row = tl.arange(0, C)
+    present = head < HV
+    flat = chunk * HV + head
+    vector = flat[:, None] * C + row[None, :]
+    inside = present[:, None] & (row < length)[None, :]
+    place = (first + row)[None, :] * HV + head[:, None]
+    exits = tl.zeros([HEADS, C], tl.float32)
+    for tile in tl.static_range(TILES):
+        exits += tl.load(exit_sums + tile * count * HV * C + vector, mask=inside, other=0.0)
+    weight = tl.where(inside, 1.0, 0.0)
+    if HAS_BETA:
+        weight = tl.load(beta + place, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(down_sums + vector, mask=inside, other=0.0) + exits
+        if TIED:
+            divisible = tl.abs(weight) > DIVISIBLE
+            exact = tl.load(aligned + vector, mask=inside, other=0.0) / tl.where(divisible, weight, 1.0)
+            slope = tl.where(divisible, exact, slope)
+        tl.store(d_beta + place, slope.to(d_beta.dtype.element_ty), mask=inside)
+    if HAS_DECAY:
+        d_sum = tl.load(cross_sums + vector, mask=inside, other=0.0)
+        whole = tl.zeros([HEADS], tl.float32)
+        for tile in tl.static_range(TILES):
+            d_sum += tl.load(entry_sums + tile * count * HV * C + vector, mask=inside, other=0.0)
+            whole += tl.load(overlaps + tile * count * HV + flat, mask=present, other=0.0)
+        exits *= weight
+        before = tl.cumsum(exits, 1) - exits
+        d_decay = tl.cumsum(d_sum, 1, reverse=True) + before + whole[:, None]
+        tl.store(d_log_decay + place, d_decay.to(d_log_decay.dtype.element_ty), mask=inside)
 
 
 def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, d_output: Tensor,
@@ -188,26 +253,45 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype."""
     heads, k = key.shape[2:]
     value_heads, v = d_output.shape[2:]
+    m, c = chunks.count, chunks.size
     full = key.dtype == torch.float32
-    width = max(16, min(triton.next_power_of_2(k), 64 if full else 128))
+    tied, has_beta, has_decay = prepared.inverse is not None, beta is not None, log_decay is not None
+    d_query, d_key = torch.empty_like(query), torch.empty_like(key)
+    d_beta = torch.empty_like(beta) if has_beta else None
+    d_log_decay = torch.empty_like(log_decay) if has_decay else None
+    if m == 0:
+        return d_query, d_key, d_beta, d_log_decay
+    width = max(16, min(triton.next_power_of_2(k), 32 if full else 64))
     tile = max(16, min(triton.next_power_of_2(v), 32 if full else 128))
     tiles = triton.cdiv(k, width)
-    d_query, d_key = torch.empty_like(query), torch.empty_like(key)
 
-    def partial(like: Tensor | None) -> Tensor | None:
-        if like is None or tiles == 1:
-            return None if like is None else torch.empty_like(like)
-        return torch.empty(tiles, *like.shape, device=like.device, dtype=torch.float32)
+    def sums(*shape: int, wanted: bool) -> Tensor | None:
+        return torch.empty(*shape, device=key.device, dtype=torch.float32) if wanted else None
 
-    d_beta, d_log_decay = partial(beta), partial(log_decay)
-    if chunks.count:
-        gradient_kernel[(chunks.count * heads, tiles)](
-            query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, prepared.cumulative,
-            d_query, d_key, d_beta, d_log_decay, chunks.table, chunks.time, chunks.per_sequence, scale,
-            d_output.numel() // v, H=heads, HV=value_heads, K=k, V=v, C=chunks.size, BK=width, BV=tile, PARTS=triton.cdiv(v, tile), TILES=tiles, PACKED=chunks.packed, TIED=prepared.inverse is not None,
-            HAS_BETA=beta is not None, HAS_DECAY=log_decay is not None, PRECISION=float32_precision(key.device),
-            DIVISIBLE=2.0**-6 if key.dtype == torch.float16 else 2.0**-40, STAGES=1, num_warps=8, num_stages=1)  # fmt: skip
-    if tiles > 1:
-        d_beta = None if beta is None else d_beta.sum(0).to(beta.dtype)
-        d_log_decay = None if log_decay is None else d_log_decay.sum(0).to(log_decay.dtype)
+    vectors = has_beta or has_decay
+    d_pairs = torch.empty(m, heads, 2, c, c, device=key.device, dtype=key.dtype)
+    down_sums = sums(m, value_heads, c, wanted=vectors)
+    cross_sums = sums(m, value_heads, c, wanted=has_decay)
+    aligned = sums(m, value_heads, c, wanted=tied)
+    entry_sums = sums(tiles, m, value_heads, c, wanted=has_decay)
+    exit_sums = sums(tiles, m, value_heads, c, wanted=vectors)
+    overlaps = sums(tiles, m, value_heads, wanted=has_decay)
+    batch = chunks.table, chunks.time, chunks.per_sequence
+    flags = {"HV": value_heads, "C": c, "PACKED": chunks.packed, "TIED": tied, "HAS_BETA": has_beta,
+             "HAS_DECAY": has_decay}  # fmt: skip
+    sizes = {"H": heads, "K": k, "V": v, "BV": tile, "PRECISION": float32_precision(key.device)}
+    pairs_kernel[(m * heads,)](
+        query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums, aligned,
+        *batch, scale, BK=max(16, min(triton.next_power_of_2(k), 32 if full else 128)),
+        num_warps=4, num_stages=1, **sizes, **flags)  # fmt: skip
+    states_kernel[(m * heads * tiles,)](
+        query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, prepared.cumulative, d_pairs,
+        d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m, BK=width, TILES=tiles,
+        num_warps=4, num_stages=1, **sizes, **flags)  # fmt: skip
+    if vectors:
+        few = min(8, triton.next_power_of_2(value_heads))
+        sums_kernel[(m * triton.cdiv(value_heads, few),)](
+            beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps, d_beta, d_log_decay, *batch, m,
+            HEADS=few, TILES=tiles, DIVISIBLE=2.0**-6 if key.dtype == torch.float16 else 2.0**-40,
+            num_warps=4, **flags)  # fmt: skip
     return d_query, d_key, d_beta, d_log_decay
