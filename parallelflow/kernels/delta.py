@@ -19,9 +19,9 @@ from .prepare import Prepared, prepare
 LARGEST_HEAD = 512
 
 
-def chunk_size(key_size: int, value_size: int) -> int:
-    """Tokens in a chunk: 64, or 32 where a head's state does not leave room for more."""
-    return 64 if max(key_size, value_size) <= 256 else 32
+def chunk_size(query: Tensor, value: Tensor) -> int:
+    """Tokens in a chunk: 64, or 32 where a token's key or value takes more than 512 bytes."""
+    return 64 if max(query.shape[-1], value.shape[-1]) * query.element_size() <= 512 else 32
 
 
 def _scans(tier: str):
@@ -36,7 +36,7 @@ def _scans(tier: str):
 
 def _chunks(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
     batch, time = query.shape[:2]
-    size = chunk_size(query.shape[-1], value.shape[-1])
+    size = chunk_size(query, value)
     if cu_seqlens is None:
         return regular_chunks(batch, time, size)
     return packed_chunks(cu_seqlens, time, size, cu_seqlens_host)
