@@ -129,7 +129,7 @@ class ByteLanguageModel(nn.Module):
         heads: the number of heads; their keys and values have width // heads channels.
     """
 
-    def __init__(self, width: int = 128, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))

@@ -112,6 +112,7 @@ def _models(console: Console, directory: Path, failures: list[str]) -> dict[str,
         console, "lengths", agreement.measure_lengths(), len(agreement.LENGTHS), lambda x: f"T = {x.length:,}"
     )
     console.print(model_table(models))
+    (directory / "models.md").write_text(model_markdown(models), encoding="utf-8")
     console.print(f"[dim]Time against T: {plots.plot_lengths(lengths, directory / 'time_against_length.png')}[/dim]")
     wrong = [x.model for x in models if not x.agrees]
     if wrong:
@@ -122,31 +123,45 @@ def _models(console: Console, directory: Path, failures: list[str]) -> dict[str,
     }
 
 
-def model_table(models: Iterable[agreement.ModelFigures]) -> Table:
-    """Agreement with the recurrence and speed-up over it."""
-    exact, timed = agreement.EXACT, agreement.TIMED
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"Errors: float64, T = {exact.length}. Times: float32, T = {timed.length:,}, {timed.heads} heads of "
-        f"{timed.key_size}, {torch.get_num_threads()} threads.",
-        caption_justify="left",
+HEADINGS = ("model", "error", "error of gradients", "forward", "speed-up", "forward + backward", "speed-up")
+
+
+def model_cells(figures: agreement.ModelFigures) -> tuple[str, ...]:
+    """A row of the table, under `HEADINGS`."""
+    return (
+        figures.model,
+        f"{max(figures.output_error, figures.state_error):.0e}",
+        f"{figures.gradient_error:.0e}",
+        f"{figures.forward_ms:.1f} ms",
+        f"{figures.forward_speedup:.0f} ×",
+        f"{figures.training_ms:.1f} ms",
+        f"{figures.training_speedup:.0f} ×",
     )
-    table.add_column("model")
-    table.add_column("agrees")
-    for heading in ("error", "error of\ngradients", "forward\nms", "speed-up", "forward +\nbackward ms", "speed-up"):
-        table.add_column(heading, justify="right")
-    for x in models:
-        table.add_row(
-            x.model,
-            "[green]yes[/green]" if x.agrees else "[red]no[/red]",
-            f"{max(x.output_error, x.state_error):.0e}",
-            f"{x.gradient_error:.0e}",
-            f"{x.forward_ms:.1f}",
-            f"{x.forward_speedup:.0f} ×",
-            f"{x.training_ms:.1f}",
-            f"{x.training_speedup:.0f} ×",
-        )
+
+
+def model_caption() -> str:
+    """What the table was measured with."""
+    exact, timed = agreement.EXACT, agreement.TIMED
+    return (
+        f"Errors: against the recurrence in float64, T = {exact.length}. Times and speed-ups over the recurrence: "
+        f"float32, T = {timed.length:,}, {timed.heads} heads of {timed.key_size}, on {torch.get_num_threads()} CPU threads."
+    )
+
+
+def model_table(models: Iterable[agreement.ModelFigures]) -> Table:
+    """Agreement with the recurrence and speed-up over it, for the screen."""
+    table = Table(box=box.SIMPLE_HEAD, caption=model_caption(), caption_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for figures in models:
+        table.add_row(*model_cells(figures), style=None if figures.agrees else "red")
     return table
+
+
+def model_markdown(models: Iterable[agreement.ModelFigures]) -> str:
+    """The same table in Markdown."""
+    rows = [HEADINGS, ("---",) + ("---:",) * (len(HEADINGS) - 1), *(model_cells(figures) for figures in models)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{model_caption()}\n"
 
 
 def _language(console: Console, directory: Path, corpus: Corpus, seed: int, failures: list[str]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ class Recipe:
     """How the language model is trained. The schedule runs to `steps` or, on a slow machine, to `seconds`."""
 
     width: int = 128
-    depth: int = 3
+    depth: int = 2
     heads: int = 4
     length: int = 256
     batch: int = 8
     steps: int = 400
     seconds: float = 75.0
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
     evaluate_every: int = 25
     prompt: int = 64
     generated: int = 600
