@@ -168,4 +168,4 @@ def gradients(
     generator = torch.Generator().manual_seed(seed)
     loss = sum((torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) * x).sum() for x in outputs)
     grads = torch.autograd.grad(loss, list(inputs.values()), create_graph=create_graph, allow_unused=True)
-    return {name: g for name, g in zip(inputs, grads, strict=True)}
+    return dict(zip(inputs, grads, strict=True))

@@ -12,6 +12,8 @@ from parallelflow.testing import Sizes
 from tests.cases import STRUCTURES, assert_close, by_name, gradients, require_grad
 
 SIZES = Sizes(batch=2, length=70, heads=1, value_heads=2, key_size=4, value_size=3)
+FEW = tuple(m for m in STRUCTURES if m.name in {"retention", "delta_product-3-scalar", "rwkv7"})
+"""Scalar, sequential, vector with raw reads: where compiling every structure would cost a minute."""
 DELTA = next(model for model in STRUCTURES if model.name == "gated_delta_rule")
 
 
@@ -72,13 +74,13 @@ def test_inductor_is_eager():
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+@pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_a_new_length_does_not_recompile(model, dynamic):
     """At most once, when PyTorch learns by the second length that lengths vary; then never."""
     counting = Counting()
     run = runner(model)
     compiled = torch.compile(run, fullgraph=True, backend=counting, dynamic=dynamic)
-    for index, length in enumerate((70, 90, 64, 65, 128, 200, 257)):
+    for index, length in enumerate((70, 90, 64, 1000, 129)):
         sizes = SIZES._replace(length=length)
         inputs, state = model.inputs(sizes), model.initial_state(sizes)
         output, final = compiled(require_grad(inputs), state)
@@ -126,14 +128,14 @@ def test_packed_sequences_compile():
     assert counting.graphs == 1
 
 
-@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+@pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_states_at_positions_compile(model):
     inputs = model.inputs(SIZES)
     run = lambda inputs: model(inputs, state_positions=[3, 70]).states  # noqa: E731
     assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(inputs), run(inputs), 1e-12)
 
 
-@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+@pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_steps_compile(model):
     inputs = {name: x if x.dim() == 1 else x[:, 0] for name, x in model.inputs(SIZES).items()}
     state = model.initial_state(SIZES)
@@ -143,15 +145,19 @@ def test_steps_compile(model):
         assert_close(got, wanted, 1e-12)
 
 
-@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+@pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_compiled_double_backward_raises(model):
     """A second derivative that the compiled graph does not have is an error, never a silent zero."""
     tensors = require_grad(model.inputs(SIZES))
     compiled = torch.compile(lambda inputs: model(inputs).output, fullgraph=True, backend="aot_eager")
     output = compiled(tensors)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)double backward|twice|higher.order|second"):
+
+    def twice():
         (first,) = torch.autograd.grad(output.square().sum(), tensors["value"], create_graph=True)
-        torch.autograd.grad(first.square().sum(), tensors["query"])
+        return torch.autograd.grad(first.square().sum(), tensors["query"])
+
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)double backward|twice|higher.order|second"):
+        twice()
 
 
 def test_autocast_compiles():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 
-import parallelflow.step
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import parallelflow as pf
+import parallelflow.step
 from parallelflow.testing import Sizes
 from tests.cases import (
     AGGREGATES,
@@ -91,7 +91,8 @@ def test_step_in_half_precision_keeps_a_float32_state(model):
     state = model.initial_state(SIZES, dtype=torch.float32)
     output, final = steps(model, inputs, state, 0, SIZES.length)
     expected = model.oracle(inputs, initial_state=state)
-    assert output.dtype == torch.bfloat16 and final.dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    assert final.dtype == torch.float32
     assert_close(final, expected.final_state, 1e-5)
     assert_close(output.float(), expected.output.bfloat16().float(), 1e-2)
 
@@ -178,4 +179,5 @@ def test_states_at_any_positions(data):
 
 def test_every_model_has_both_forms():
     for model in PUBLISHED:
-        assert callable(getattr(pf, model.function)) and callable(getattr(parallelflow.step, model.function))
+        assert callable(getattr(pf, model.function))
+        assert callable(getattr(parallelflow.step, model.function))

@@ -38,7 +38,8 @@ def problem(model: Model, sizes: Sizes, stated: bool = True):
 def check(model: Model, sizes: Sizes, stated: bool = True, tolerance: float = 1e-10, **options) -> None:
     inputs, state, expected = problem(model, sizes, stated)
     result = model(inputs, initial_state=state, return_final_state=True, **options)
-    assert result.output.dtype == torch.float64 and result.final_state.dtype == torch.float64
+    assert result.output.dtype == torch.float64
+    assert result.final_state.dtype == torch.float64
     assert_close(result.output, expected.output, tolerance, f"output, {options}")
     assert_close(result.final_state, expected.final_state, tolerance, f"final state, {options}")
 

@@ -47,7 +47,7 @@ def test_apply(kind, leading):
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
-@pytest.mark.parametrize("first, second", list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_composition_is_one_after_the_other(first, second, leading):
     f, g, s = flow(first, *leading, seed=1), flow(second, *leading, seed=2), state(*leading)
     both = compose(f, g)
@@ -57,7 +57,7 @@ def test_composition_is_one_after_the_other(first, second, leading):
     assert_close(f.then(g).source, both.source, 0)
 
 
-@pytest.mark.parametrize("first, second", list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_composition_is_as_small_as_its_parts(first, second):
     both = compose(flow(first, 2), flow(second, 2))
     assert both.transition.dim() == max(flow(first, 2).transition.dim(), flow(second, 2).transition.dim())
@@ -75,10 +75,12 @@ def test_composition_is_associative(kinds):
 def test_identity(kind):
     f, s = flow(kind, 2), state(2)
     one = Flow.identity(f)
-    assert one.transition.shape == f.transition.shape and one.transition.dtype == f.transition.dtype
+    assert one.transition.shape == f.transition.shape
+    assert one.transition.dtype == f.transition.dtype
     assert torch.equal(one.apply(s), s)
     for both in (compose(one, f), compose(f, one)):
-        assert torch.equal(both.transition, f.transition) and torch.equal(both.source, f.source)
+        assert torch.equal(both.transition, f.transition)
+        assert torch.equal(both.source, f.source)
 
 
 def test_composition_does_not_commute():
@@ -132,7 +134,8 @@ def test_nan_stays_in_its_lane(kind):
     flows.source[4] = torch.nan
     entries, final = entry_states(flows, Lanes(lengths), initial)
     assert final[1].isnan().any()
-    assert final[[0, 2]].isfinite().all() and entries[[0, 1, 2, 7, 8]].isfinite().all()
+    assert final[[0, 2]].isfinite().all()
+    assert entries[[0, 1, 2, 7, 8]].isfinite().all()
 
 
 def model_flow(model, inputs, sizes, start, stop, **options):

@@ -188,7 +188,7 @@ def test_gradcheck(model):
     assert gradcheck(function, tuple(tensors.values()), fast_mode=model not in STRUCTURES)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_gradgradcheck(model):
     """Double backward on a chunked path (T > chunk), in eager mode."""
     tensors, _ = leaves(model, SMALLEST)
@@ -290,10 +290,12 @@ def test_gradients_have_the_dtype_of_their_inputs(model):
             inputs[name] = inputs[name].float()
     tensors = require_grad(inputs | {"initial_state": model.initial_state(TINY, dtype=torch.float32)})
     output, state = call(model, tensors, chunk_size=3)
-    assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
     (output.float().sum() + state.sum()).backward()
     for name, x in tensors.items():
-        assert x.grad.dtype == x.dtype and x.grad.isfinite().all(), name
+        assert x.grad.dtype == x.dtype, name
+        assert x.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
@@ -375,17 +377,12 @@ def test_func_vmap_and_vmap_of_grad(model):
 
 
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
-def test_func_jvp_works_or_says_that_it_does_not(model):
+def test_func_jvp_says_that_it_is_not_there(model):
+    """Forward-mode differentiation is not implemented: an error that says so and what to use, never a silent zero."""
     names, values = arguments(model)
     tangents = tuple(torch.ones_like(x) * 0.1 for x in values)
-    try:
-        _, actual = torch.func.jvp(loss_of(model, names), values, tangents)
-    except Exception as error:
-        assert isinstance(error, NotImplementedError | RuntimeError)
-        assert "forward" in str(error).lower() or "jvp" in str(error).lower(), str(error)
-        return
-    _, expected = torch.func.jvp(loss_of(model, names, oracle=True), values, tangents)
-    assert_close(actual, expected)
+    with pytest.raises(NotImplementedError, match=r"forward-mode.*reverse"):
+        torch.func.jvp(loss_of(model, names), values, tangents)
 
 
 def test_names_are_all_public():

@@ -50,7 +50,7 @@ def shape(tensor):
 # Metadata: always checked.
 
 
-@pytest.mark.parametrize("model, name", list(each_argument()))
+@pytest.mark.parametrize(("model", "name"), list(each_argument()))
 def test_wrong_rank(model, name):
     inputs = model.inputs(SIZES)
     broken = inputs[name][0]
@@ -60,7 +60,7 @@ def test_wrong_rank(model, name):
 
 
 @pytest.mark.parametrize("axis", [0, 1, -2, -1])
-@pytest.mark.parametrize("model, name", list(each_argument()))
+@pytest.mark.parametrize(("model", "name"), list(each_argument()))
 def test_wrong_extent(model, name, axis):
     """One more along an axis: another batch, another length, other heads, another size."""
     inputs = model.inputs(SIZES)
@@ -78,7 +78,7 @@ def test_wrong_extent(model, name, axis):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("model, name", list(each_argument()))
+@pytest.mark.parametrize(("model", "name"), list(each_argument()))
 def test_wrong_dtype(model, name, dtype):
     inputs = model.inputs(SIZES)
     raises(lambda: model(inputs | {name: inputs[name].to(dtype)}), name, shows=[dtype])
@@ -92,14 +92,14 @@ def test_query_key_and_value_share_a_dtype(model):
     )
 
 
-@pytest.mark.parametrize("model, name", list(each_argument()))
+@pytest.mark.parametrize(("model", "name"), list(each_argument()))
 def test_wrong_device(model, name):
     inputs = model.inputs(SIZES)
     message = raises(lambda: model(inputs | {name: inputs[name].to("meta")}), name, "query", shows=["meta", "cpu"])
     assert name in message or name == "query"
 
 
-@pytest.mark.parametrize("model, name", list(each_argument()))
+@pytest.mark.parametrize(("model", "name"), list(each_argument()))
 def test_not_a_tensor(model, name):
     inputs = model.inputs(SIZES)
     raises(lambda: model(inputs | {name: inputs[name].tolist()}), name, kinds=TypeError, shows=["list"])
@@ -111,7 +111,8 @@ def test_not_a_tensor(model, name):
 def test_unknown_keyword(model):
     """No misspelt flag is swallowed: TypeError, naming it and what there is."""
     message = raises(lambda: model(model.inputs(SIZES), chunksize=4), "chunksize", kinds=TypeError)
-    assert "chunk_size" in message and "initial_state" in message
+    assert "chunk_size" in message
+    assert "initial_state" in message
 
 
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
@@ -284,7 +285,8 @@ def hard_budget(model: Model, kind: str, dtype: torch.dtype, keep: tuple[str, ..
 def check_budget(model: Model, kind: str, dtype: torch.dtype, keep=("beta", "log_decay"), **options):
     inputs, budget = hard_budget(model, kind, dtype, keep)
     result = model(round_inputs(inputs, dtype, keep=keep), return_final_state=True, **options)
-    assert result.output.dtype == dtype and result.final_state.dtype == torch.float32
+    assert result.output.dtype == dtype
+    assert result.final_state.dtype == torch.float32
     for name, actual, reference, allowed in zip(
         ("output", "final state"), (result.output, result.final_state), budget.reference, budget.allowed, strict=True
     ):
@@ -294,12 +296,12 @@ def check_budget(model: Model, kind: str, dtype: torch.dtype, keep=("beta", "log
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model, kind", list(hard_cases()))
+@pytest.mark.parametrize(("model", "kind"), list(hard_cases()))
 def test_hard_data_within_budget(model, kind, dtype):
     check_budget(model, kind, dtype)
 
 
-@pytest.mark.parametrize("model, kind", list(hard_cases()))
+@pytest.mark.parametrize(("model", "kind"), list(hard_cases()))
 def test_hard_data_all_in_bfloat16(model, kind):
     """beta and the decays in bfloat16 too, as a model under plain bfloat16 hands them over."""
     check_budget(model, kind, torch.bfloat16, keep=())
@@ -317,7 +319,7 @@ def test_hard_data_with_every_choice(kind, solver, aggregate):
             check_budget(model, kind, dtype, solver=solver, aggregate=aggregate)
 
 
-@pytest.mark.parametrize("model, kind", list(hard_cases()))
+@pytest.mark.parametrize(("model", "kind"), list(hard_cases()))
 def test_hard_data_has_finite_gradients(model, kind):
     inputs = hostile_inputs(model.inputs(LONG), kind)
     tensors = {name: x.float().requires_grad_() for name, x in inputs.items()}

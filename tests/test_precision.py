@@ -42,7 +42,8 @@ def test_within_the_budget(model, dtype, keep):
         pytest.skip("the same as without float32 gates")
     budget = error_budget(recurrence_of(model), inputs, dtype, keep=keep)
     result = model(round_inputs(inputs, dtype, keep=keep), return_final_state=True)
-    assert result.output.dtype == dtype and result.final_state.dtype == torch.float32
+    assert result.output.dtype == dtype
+    assert result.final_state.dtype == torch.float32
     check((result.output, result.final_state), budget, ("output", "final state"))
 
 
@@ -67,8 +68,8 @@ def test_gradients_within_the_budget(model, dtype):
     Over several draws together: some gradients are two numbers, whose error on one draw is a matter of luck.
     """
     errors: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(4):
-        inputs = data(model, dtype, SIZES._replace(length=75), seed)
+    for seed in range(3):
+        inputs = data(model, dtype, SIZES._replace(length=70), seed)
         upstream = torch.randn(
             model.oracle(inputs).output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
@@ -92,7 +93,7 @@ def test_gradients_within_the_budget(model, dtype):
             errors.setdefault(name, []).append(own)
     for name, pairs in errors.items():
         error, unavoidable = (sum(x**2 for x in column) ** 0.5 for column in zip(*pairs, strict=True))
-        allowed = max(2 * unavoidable, 2 * FLOOR)  # sqrt(4 draws) = 2
+        allowed = max(2 * unavoidable, FLOOR * len(pairs) ** 0.5)
         assert error <= allowed, f"d {name} off by {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -108,7 +109,8 @@ def test_initial_state_keeps_its_precision(model):
     inputs = model.inputs(SIZES, dtype=torch.float32)
     state = model.initial_state(SIZES)
     wide = model(inputs, initial_state=state, return_final_state=True)
-    assert wide.output.dtype == torch.float32 and wide.final_state.dtype == torch.float64
+    assert wide.output.dtype == torch.float32
+    assert wide.final_state.dtype == torch.float64
     assert relative_error(wide.final_state, model.oracle(inputs, initial_state=state).final_state) < 1e-12
     narrow = round_inputs(inputs, torch.bfloat16)
     result = model(narrow, initial_state=state.float(), return_final_state=True)
@@ -135,7 +137,8 @@ def test_autocast_does_not_touch_the_arithmetic(model, dtype):
     with torch.autocast("cpu", dtype=dtype):
         result = model(inputs, return_final_state=True)
         narrow = model(round_inputs(inputs, dtype), return_final_state=True)
-    assert narrow.output.dtype == dtype and narrow.final_state.dtype == torch.float32
+    assert narrow.output.dtype == dtype
+    assert narrow.final_state.dtype == torch.float32
     assert result.final_state.dtype == torch.float32
     assert result.output.dtype in (torch.float32, dtype)
     tolerance = 1e-5 if result.output.dtype == torch.float32 else 8 * torch.finfo(dtype).eps

@@ -39,7 +39,7 @@ def test_solve_and_its_transpose(name, n):
     assert_close(factors.solve_transposed(right), torch.linalg.solve((identity(gram) - gram).mT, right), 1e-11)
 
 
-@pytest.mark.parametrize("block, n", [(2, 2), (2, 10), (3, 48), (4, 64), (4, 100), (5, 5), (16, 48)])
+@pytest.mark.parametrize(("block", "n"), [(2, 2), (2, 10), (3, 48), (4, 64), (4, 100), (5, 5), (16, 48)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_blocks_of_simultaneous_rows(name, block, n):
     """Rows of one token do not see each other: G has zero diagonal blocks of R rows."""
@@ -84,7 +84,8 @@ def test_the_input_is_left_alone(name):
     kept = gram.clone(), right.clone()
     factors = TABLE[name](gram, 1)
     factors.solve(right), factors.solve_transposed(right)
-    assert torch.equal(gram, kept[0]) and torch.equal(right, kept[1])
+    assert torch.equal(gram, kept[0])
+    assert torch.equal(right, kept[1])
 
 
 @pytest.mark.parametrize("name", SOLVERS)
