@@ -62,7 +62,8 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
                  table, time, per_sequence, scale,
                  H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                  C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
-                 HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """dA and dB of one chunk and key head [2, C, C]; per value head their sums with the products they belong to."""
     chunk = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -83,7 +84,7 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
         head_value = (first * HV + value_head) * V
         f = tl.zeros([C, C], tl.float32)
         n = tl.zeros([C, C], tl.float32)
-        for part in tl.static_range(0, V, BV):
+        for part in tl.range(0, V, BV, num_stages=STAGES):
             channel = part + tl.arange(0, BV)
             do = load_rows(d_output + head_value, row, valid, channel, HV, V)
             r = load_rows(innovation + head_value, row, valid, channel, HV, V)
@@ -129,7 +130,7 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                   C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
                   TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dQ and dK of one chunk, key head and tile of key channels, and that tile's part of the vector sums."""
     tile = tl.program_id(0) % TILES
     chunk = (tl.program_id(0) // TILES // H).to(tl.int64)
@@ -139,8 +140,15 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
     valid = row < length
     column = tile * BK + tl.arange(0, BK)
     head_key = (first * H + head) * K
-    dq = tl.zeros([C, BK], tl.float32)
-    dk = tl.zeros([C, BK], tl.float32)
+    # the pairs come first: a product that feeds another one would bind all the warps to the rows
+    q_tile = load_rows(query + head_key, row, valid, column, H, K)
+    k_tile = load_rows(key + head_key, row, valid, column, H, K)
+    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
+    da = tl.load(d_pairs + square)
+    dq = tl.dot(da, k_tile, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(da), q_tile, input_precision=PRECISION)
+    if TIED:
+        dk += tl.dot(tl.load(d_pairs + square + C * C), k_tile, input_precision=PRECISION)
     for j in range(HV // H):
         value_head = head * (HV // H) + j
         flat = chunk * HV + value_head
@@ -154,7 +162,7 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
         k_entry = tl.zeros([C, BK], tl.float32)
         k_exit = tl.zeros([C, BK], tl.float32)
         overlap = 0.0
-        for part in tl.static_range(0, V, BV):
+        for part in tl.range(0, V, BV, num_stages=STAGES):
             channel = part + tl.arange(0, BV)
             state = load_state(entry_states + base, channel, column, K, V)
             do = load_rows(d_output + head_value, row, valid, channel, HV, V)
@@ -192,14 +200,6 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
             tl.store(exit_sums + part_flat * C + row, tl.sum(k_exit * k, 1))
         dq += q_entry
         dk += k_exit * weight[:, None]
-    q = load_rows(query + head_key, row, valid, column, H, K)
-    k = load_rows(key + head_key, row, valid, column, H, K)
-    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
-    da = tl.load(d_pairs + square)
-    dq = tl.dot(da, k, dq, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(da), q, dk, input_precision=PRECISION)
-    if TIED:
-        dk = tl.dot(tl.load(d_pairs + square + C * C), k, dk, input_precision=PRECISION)
     offset = head_key + row[:, None] * (H * K) + column[None, :]
     inside = valid[:, None] & (column < K)[None, :]
     tl.store(d_query + offset, dq.to(d_query.dtype.element_ty), mask=inside)
@@ -262,7 +262,8 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     if m == 0:
         return d_query, d_key, d_beta, d_log_decay
     width = max(16, min(triton.next_power_of_2(k), 32 if full else 64))
-    tile = max(16, min(triton.next_power_of_2(v), 32 if full else 128))
+    tile = max(16, min(triton.next_power_of_2(v), 32))
+    stages = 1 if full else 3
     tiles = triton.cdiv(k, width)
 
     def sums(*shape: int, wanted: bool) -> Tensor | None:
@@ -283,11 +284,11 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     pairs_kernel[(m * heads,)](
         query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums, aligned,
         *batch, scale, BK=max(16, min(triton.next_power_of_2(k), 32 if full else 128)),
-        num_warps=4, num_stages=1, **sizes, **flags)  # fmt: skip
+        num_warps=4, num_stages=stages, STAGES=stages, **sizes, **flags)  # fmt: skip
     states_kernel[(m * heads * tiles,)](
         query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, prepared.cumulative, d_pairs,
         d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m, BK=width, TILES=tiles,
-        num_warps=4, num_stages=1, **sizes, **flags)  # fmt: skip
+        num_warps=4, num_stages=stages, STAGES=stages, **sizes, **flags)  # fmt: skip
     if vectors:
         few = min(8, triton.next_power_of_2(value_heads))
         sums_kernel[(m * triton.cdiv(value_heads, few),)](

@@ -104,117 +104,104 @@ def scores_kernel(query, key, beta, log_decay, scores, cumulative, from_start, t
 
 
 @triton.jit
-def coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, late, early,
-                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, DIAGONAL: tl.constexpr,
-                    BK: tl.constexpr, HAS_DECAY: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Blocks of L at the rows `late` [n, b] and the columns `early` [n, b]: [n, b, b]."""
-    n: tl.constexpr = late.shape[0]
-    b: tl.constexpr = late.shape[1]
-    blocks = tl.zeros([n, b, b], tl.float32)
-    for start in range(0, K, BK):
+def coupling(key, beta, sums, late, early, length, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+             BK: tl.constexpr, DIAGONAL: tl.constexpr, HAS_DECAY: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Blocks of L at the rows `late` and the columns `early`: tokens [n, b] -> [n, b, b], or [b] -> [b, b]."""
+    SHAPE: tl.constexpr = late.shape + [late.shape[-1]]
+    LAST: tl.constexpr = len(late.shape)
+    blocks = tl.zeros(SHAPE, tl.float32)
+    for start in tl.static_range(0, K, BK):
         column = start + tl.arange(0, BK)
-        inside = (column < K)[None, None, :]
-        k_late = tl.load(key + head_key + late[:, :, None] * (H * K) + column[None, None, :],
-                         mask=inside & (late < length)[:, :, None], other=0.0)  # fmt: skip
-        if DIAGONAL:
-            k_early = k_late
-        else:
-            k_early = tl.load(key + head_key + early[:, :, None] * (H * K) + column[None, None, :],
-                              mask=inside & (early < length)[:, :, None], other=0.0)  # fmt: skip
-        blocks = tl.dot(k_late, tl.permute(k_early, (0, 2, 1)), blocks, input_precision=PRECISION)
-    weight = tl.load(beta + head_value + early * HV, mask=early < length, other=0.0).to(tl.float32)
-    keep = late[:, :, None] > early[:, None, :]
+        k_late = tl.load(key + tl.expand_dims(late, LAST) * (H * K) + column,
+                         mask=tl.expand_dims(late < length, LAST) & (column < K), other=0.0)  # fmt: skip
+        k_early = k_late
+        if not DIAGONAL:
+            k_early = tl.load(key + tl.expand_dims(early, LAST) * (H * K) + column,
+                              mask=tl.expand_dims(early < length, LAST) & (column < K), other=0.0)  # fmt: skip
+        turned = tl.trans(k_early) if LAST == 1 else tl.permute(k_early, (0, 2, 1))
+        blocks = tl.dot(k_late, turned, blocks, input_precision=PRECISION)
+    weight = tl.load(beta + early * HV, mask=early < length, other=0.0).to(tl.float32)
+    keep = tl.expand_dims(late, LAST) > tl.expand_dims(early, LAST - 1)
+    blocks *= tl.expand_dims(weight, LAST - 1)
     if HAS_DECAY:
-        sums = cumulative + flat * 2 * C
-        decay = decay_between(tl.load(sums + late)[:, :, None], tl.load(sums + C + late)[:, :, None],
-                              tl.load(sums + early)[:, None, :], tl.load(sums + C + early)[:, None, :], keep)  # fmt: skip
-        return blocks * decay * weight[:, None, :]
+        late_high = tl.load(sums + late)
+        late_low = tl.load(sums + C + late)
+        early_high = tl.load(sums + early)
+        early_low = tl.load(sums + C + early)
+        return blocks * decay_between(tl.expand_dims(late_high, LAST), tl.expand_dims(late_low, LAST),
+                                      tl.expand_dims(early_high, LAST - 1), tl.expand_dims(early_low, LAST - 1),
+                                      keep)  # fmt: skip
     else:
-        return tl.where(keep, blocks, 0.0) * weight[:, None, :]
+        return tl.where(keep, blocks, 0.0)
 
 
 @triton.jit
-def invert_base(coupling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def invert_base(blocks, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 of the blocks [n, 16, 16] by the ladder X <- X - X L_b X, L_b what first meets at that size."""
     row = tl.arange(0, 16)
     i = row[None, :, None]
     j = row[None, None, :]
-    x = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, coupling, 0.0)
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i >> 1 == j >> 1, blocks, 0.0)
     for level in tl.static_range(1, 4):  # blocks of 2, 4, 8 meet in blocks of 4, 8, 16
-        step = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), coupling, 0.0)
+        step = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), blocks, 0.0)
         x -= precise_product(x, precise_product(step, x, SPLIT, PRECISION), SPLIT, PRECISION)
     return x
 
 
 @triton.jit
-def merge(blocks, coupling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Pairs of inverses [2n, b, b] and what couples them [n, b, b] -> upper, lower inverse and the corner below, [n, b, b]."""
-    n: tl.constexpr = coupling.shape[0]
-    b: tl.constexpr = coupling.shape[1]
-    upper, lower = tl.split(tl.permute(tl.reshape(blocks, [n, 2, b, b]), (0, 2, 3, 1)))
-    corner = -precise_product(lower, precise_product(coupling, upper, SPLIT, PRECISION), SPLIT, PRECISION)
-    return upper, lower, corner
+def corner(upper, lower, blocks, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """The corner below of the inverse of [[upper^-1, 0], [blocks, lower^-1]]."""
+    return -precise_product(lower, precise_product(blocks, upper, SPLIT, PRECISION), SPLIT, PRECISION)
 
 
 @triton.jit
-def assemble(upper, lower, corner):
-    """[[upper, 0], [corner, lower]], from blocks [n, b, b] to [n, 2b, 2b]."""
+def assemble(upper, lower, below):
+    """[[upper, 0], [below, lower]], from blocks [n, b, b] to [n, 2b, 2b]."""
     n: tl.constexpr = upper.shape[0]
     b: tl.constexpr = upper.shape[1]
     top = tl.reshape(tl.permute(tl.join(upper, tl.zeros_like(upper)), (0, 1, 3, 2)), [n, b, 2 * b])
-    bottom = tl.reshape(tl.permute(tl.join(corner, lower), (0, 1, 3, 2)), [n, b, 2 * b])
+    bottom = tl.reshape(tl.permute(tl.join(below, lower), (0, 1, 3, 2)), [n, b, 2 * b])
     return tl.reshape(tl.permute(tl.join(top, bottom), (0, 3, 1, 2)), [n, 2 * b, 2 * b])
 
 
 @triton.jit
 def store_block(inverse, block, row, column, C: tl.constexpr):
-    """Store [1, b, b] with its corner at (row, column)."""
-    b: tl.constexpr = block.shape[1]
-    i = tl.arange(0, b)
-    offset = (row + i)[None, :, None] * C + (column + i)[None, None, :]
-    tl.store(inverse + offset, block.to(inverse.dtype.element_ty))
-
-
-@triton.jit
-def pairs_of(n: tl.constexpr, b: tl.constexpr, which: tl.constexpr):
-    """Tokens [n, b] of the first (0) or second (1) blocks of n pairs of blocks of size b."""
-    return tl.arange(0, n)[:, None] * (2 * b) + which * b + tl.arange(0, b)[None, :]
+    """Store [b, b] with its corner at (row, column)."""
+    i = tl.arange(0, block.shape[0])
+    tl.store(inverse + (row + i)[:, None] * C + (column + i)[None, :], block.to(inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence,
-                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, HAS_DECAY: tl.constexpr,
-                   SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                   PACKED: tl.constexpr, HAS_DECAY: tl.constexpr, SPLIT: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """(I + L)^-1 of one chunk and value head: inverses of 16 x 16 blocks, merged by pairs."""
     flat = tl.program_id(0).to(tl.int64)
     chunk = flat // HV
     value_head = flat % HV
     first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
-    head_key = (first * H + value_head // (HV // H)) * K
-    head_value = first * HV + value_head
+    key += (first * H + value_head // (HV // H)) * K
+    beta += first * HV + value_head
+    sums = cumulative + flat * 2 * C
     inverse += flat * C * C
-    token = tl.arange(0, C // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value, token, token,
-                               H, HV, K, True, BK, HAS_DECAY, C, PRECISION)  # fmt: skip
-    x = invert_base(coupling, SPLIT, PRECISION)
-    if C == 16:
-        store_block(inverse, x, 0, 0, C)
-    else:
-        if C == 64:
-            coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value,
-                                       pairs_of(2, 16, 1), pairs_of(2, 16, 0), H, HV, K, False,
-                                       BK, HAS_DECAY, C, PRECISION)  # fmt: skip
-            upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
-            x = assemble(upper, lower, corner)
-        half: tl.constexpr = C // 2
-        coupling = coupling_blocks(key, beta, cumulative, length, flat, head_key, head_value,
-                                   pairs_of(1, half, 1), pairs_of(1, half, 0), H, HV, K, False,
-                                   BK, HAS_DECAY, C, PRECISION)  # fmt: skip
-        upper, lower, corner = merge(x, coupling, SPLIT, PRECISION)
-        store_block(inverse, upper, 0, 0, C)
-        store_block(inverse, tl.zeros_like(upper), 0, half, C)
-        store_block(inverse, corner, half, 0, C)
-        store_block(inverse, lower, half, half, C)
+    base = tl.arange(0, C // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    blocks = coupling(key, beta, sums, base, base, length, H, HV, K, C, BK, True, HAS_DECAY, PRECISION)
+    x = invert_base(blocks, SPLIT, PRECISION)
+    if C == 64:
+        pair = tl.arange(0, 2)[:, None] * 32 + tl.arange(0, 16)[None, :]
+        blocks = coupling(key, beta, sums, pair + 16, pair, length, H, HV, K, C, BK, False, HAS_DECAY, PRECISION)
+        upper, lower = tl.split(tl.permute(tl.reshape(x, [2, 2, 16, 16]), (0, 2, 3, 1)))
+        x = assemble(upper, lower, corner(upper, lower, blocks, SPLIT, PRECISION))
+    half: tl.constexpr = C // 2
+    token = tl.arange(0, half)
+    blocks = coupling(key, beta, sums, token + half, token, length, H, HV, K, C, BK, False, HAS_DECAY, PRECISION)
+    upper, lower = tl.split(tl.permute(x, (1, 2, 0)))
+    store_block(inverse, upper, 0, 0, C)
+    store_block(inverse, tl.zeros_like(upper), 0, half, C)
+    store_block(inverse, lower, half, half, C)
+    store_block(inverse, corner(upper, lower, blocks, SPLIT, PRECISION), half, 0, C)
 
 
 def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
@@ -238,7 +225,7 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
     scores_kernel[(m * heads,)](
         query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
-        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=4, num_stages=1, **common)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=2, num_stages=1, **common)  # fmt: skip
     if inverse is not None:
         inverse_kernel[(m * value_heads,)](
             key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,

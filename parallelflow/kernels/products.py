@@ -23,13 +23,18 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def halves(x):
+    """Two bfloat16 numbers whose sum is `x` to 2**-16: the leading bits cut off, which costs no rounding, and the rest."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
 def precise_product(a, b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """`a @ b` of float32 operands: three bfloat16 passes (relative error near 2**-16) if SPLIT, else by PRECISION."""
     if SPLIT:
-        a_high = a.to(tl.bfloat16)
-        b_high = b.to(tl.bfloat16)
-        a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
-        b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
         return tl.dot(a_high, b_low, tl.dot(a_low, b_high, tl.dot(a_high, b_high)))
     else:
         return tl.dot(a, b, input_precision=PRECISION)

@@ -156,7 +156,7 @@ def configuration(key: Tensor, value: Tensor) -> dict[str, int]:
     bytes_ = key.element_size()
     tile = 64 if width * bytes_ <= 512 else 32 if width * bytes_ <= 1024 else 16
     tile = min(tile, max(16, triton.next_power_of_2(value.shape[-1])))
-    stages = 3 if width * bytes_ <= 256 else 2 if width * bytes_ <= 512 and bytes_ == 2 else 1
+    stages = 2 if width * bytes_ <= 512 and bytes_ == 2 else 1
     return {"BK": width, "BV": tile, "STAGES": stages, "num_warps": 8 if width > 128 and tile == 64 else 4,
             "num_stages": stages}  # fmt: skip
 
