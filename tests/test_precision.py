@@ -47,6 +47,21 @@ def test_within_the_budget(model, dtype, keep):
     check((result.output, result.final_state), budget, ("output", "final state"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", [m for m in STRUCTURES if m.normalized], ids=by_name)
+def test_normalized_queries_and_keys_within_the_budget(model, dtype):
+    """The norms are part of the computation: they bring no rounding of their own."""
+    inputs = {name: 3 * x if name in model.normalized else x for name, x in data(model, dtype).items()}
+
+    def recurrence(tensors, dtype):
+        result = model.oracle(tensors, dtype=dtype, normalized=model.normalized)
+        return result.output, result.final_state
+
+    budget = error_budget(recurrence, inputs, dtype)
+    result = model(round_inputs(inputs, dtype), return_final_state=True, normalize_query_key=True)
+    check((result.output, result.final_state), budget, ("output", "final state"))
+
+
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_choice_within_the_budget(solver, aggregate):

@@ -160,7 +160,7 @@ def test_nan_and_inf_stay_in_their_sequence(model, aggregate, poison):
     """Outputs, final states and all gradients of the other packed sequences are the same bits as without it."""
     lengths = (3, 5, 4)
     inputs, state, bounds = packed(model, lengths)
-    names = [name for name in inputs if name != "log_decay"]
+    names = [name for name, x in inputs.items() if x.dim() > 1]  # one decay a head belongs to all sequences
     where = 4
 
     def run(poisoned):
@@ -177,6 +177,7 @@ def test_nan_and_inf_stay_in_their_sequence(model, aggregate, poison):
             return_final_state=True,
             chunk_size=4,
             aggregate=aggregate,
+            validate=False,
         )
         return result, gradients(result[:2], tensors)
 
