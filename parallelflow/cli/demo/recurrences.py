@@ -16,20 +16,19 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _loop(
-    query: Tensor,
-    value_size: int,
-    advance: Callable[[Tensor, int], Tensor],
-    scale: float | None = None,
+    query: Tensor, tokens: tuple[Tensor, ...], advance: Callable[..., Tensor], scale: float | None = None
 ) -> Pair:
-    """`S_t = advance(S_{t-1}, t)` and `o_t = scale · S_tᵀ q_t` for every token; scale is K^-1/2 unless given."""
-    batch, length, heads, key_size = query.shape
-    scale = key_size**-0.5 if scale is None else scale
-    state = query.new_zeros(batch, heads, key_size, value_size)
+    """`S_t = advance(S_{t-1}, *token)` and `o_t = scale · S_tᵀ q_t` for every token; scale is K^-1/2 unless given.
+
+    `tokens` are tensors [B, T, ...], the value [B, T, ..., V] first: `advance` gets each of them at t.
+    """
+    batch, _, heads, key_size = query.shape
+    state = query.new_zeros(batch, heads, key_size, tokens[0].shape[-1])
     outputs = []
-    for t in range(length):
-        state = advance(state, t)
-        outputs.append(_read(state, query[:, t]))
-    return scale * torch.stack(outputs, dim=1), state
+    for now, *token in zip(query.unbind(1), *(x.unbind(1) for x in tokens), strict=True):
+        state = advance(state, *token)
+        outputs.append(_read(state, now))
+    return (key_size**-0.5 if scale is None else scale) * torch.stack(outputs, dim=1), state
 
 
 def _read(state: Tensor, vector: Tensor) -> Tensor:
@@ -42,28 +41,35 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return left.unsqueeze(-1) * right.unsqueeze(-2)
 
 
-def _delta(state: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Tensor:
+def _add(state: Tensor, value: Tensor, key: Tensor) -> Tensor:
+    """`S + k vᵀ`."""
+    return state + _outer(key, value)
+
+
+def _delta(state: Tensor, value: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     """`(I - β k kᵀ) S + β k vᵀ`, as the correction of what the state holds under k."""
     return state + _outer(key, beta.unsqueeze(-1) * (value - _read(state, key)))
 
 
+def _scalar(log_decay: Tensor) -> Tensor:
+    """`e^g` of one decay a head, [..., H] to [..., H, 1, 1]."""
+    return log_decay.exp()[..., None, None]
+
+
+def _vector(log_decay: Tensor) -> Tensor:
+    """`e^g` of one decay a key channel, [..., H, K] to [..., H, K, 1]."""
+    return log_decay.exp().unsqueeze(-1)
+
+
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Pair:
     """S_t = S_{t-1} + k vᵀ (Katharopoulos et al. 2020, arXiv 2006.16236)."""
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return state + _outer(key[:, t], value[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    return _loop(query, (value, key), _add)
 
 
 def retention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Pair:
     """S_t = γ S_{t-1} + k vᵀ, one γ for each head (Sun et al. 2023, arXiv 2307.08621)."""
-    gamma = log_decay.exp()[:, None, None]
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return gamma * state + _outer(key[:, t], value[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    gamma = _scalar(log_decay)
+    return _loop(query, (value, key), lambda state, v, k: _add(gamma * state, v, k))
 
 
 def lightning_attention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Pair:
@@ -73,133 +79,79 @@ def lightning_attention(query: Tensor, key: Tensor, value: Tensor, log_decay: Te
 
 def ssd(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Pair:
     """h_t = e^{A Δ} h_{t-1} + B (Δ x)ᵀ, y_t = hᵀ C (Dao and Gu 2024, arXiv 2405.21060); scale 1."""
-    decay = log_decay.exp()[..., None, None]
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return decay[:, t] * state + _outer(key[:, t], value[:, t])
-
-    return _loop(query, value.shape[-1], advance, scale=1.0)
+    tokens = (value, key, _scalar(log_decay))
+    return _loop(query, tokens, lambda state, v, k, decay: _add(decay * state, v, k), scale=1.0)
 
 
 def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Pair:
     """S_t = diag(α) S_{t-1} + k vᵀ (Yang et al. 2024, arXiv 2312.06635)."""
-    decay = log_decay.exp().unsqueeze(-1)
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return decay[:, t] * state + _outer(key[:, t], value[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    return _loop(query, (value, key, _vector(log_decay)), lambda state, v, k, alpha: _add(alpha * state, v, k))
 
 
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Pair:
     """S_t = (I - β k kᵀ) S_{t-1} + β k vᵀ (Yang et al. 2024, arXiv 2406.06484)."""
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return _delta(state, key[:, t], value[:, t], beta[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    return _loop(query, (value, key, beta), _delta)
 
 
 def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor) -> Pair:
     """S_t = (I - β k kᵀ) α S_{t-1} + β k vᵀ, α a scalar (Yang et al. 2025, arXiv 2412.06464)."""
-    decay = log_decay.exp()[..., None, None]
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return _delta(decay[:, t] * state, key[:, t], value[:, t], beta[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    tokens = (value, key, beta, _scalar(log_decay))
+    return _loop(query, tokens, lambda state, v, k, b, alpha: _delta(alpha * state, v, k, b))
 
 
 def gated_delta_rule_2(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    erase: Tensor,
-    write: Tensor,
-    log_decay: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, erase: Tensor, write: Tensor, log_decay: Tensor
 ) -> Pair:
-    """S_t = (I - k (b⊙k)ᵀ) diag(α) S_{t-1} + k (w⊙v)ᵀ, b erases and w writes channel by channel."""
-    decay = log_decay.exp().unsqueeze(-1)
+    """S_t = (I - k (b⊙k)ᵀ) diag(α) S_{t-1} + k (w⊙v)ᵀ: b erases and w writes, channel by channel."""
 
-    def advance(state: Tensor, t: int) -> Tensor:
-        state = decay[:, t] * state
-        held = _read(state, erase[:, t] * key[:, t])
-        return state + _outer(key[:, t], write[:, t] * value[:, t] - held)
+    def advance(state: Tensor, written: Tensor, key: Tensor, erased: Tensor, alpha: Tensor) -> Tensor:
+        state = alpha * state
+        return state + _outer(key, written - _read(state, erased))
 
-    return _loop(query, value.shape[-1], advance)
+    return _loop(query, (write * value, key, erase * key, _vector(log_decay)), advance)
 
 
 def kimi_delta_attention(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor) -> Pair:
     """S_t = (I - β k kᵀ) diag(α) S_{t-1} + β k vᵀ (Kimi Team 2025, arXiv 2510.26692)."""
-    decay = log_decay.exp().unsqueeze(-1)
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        return _delta(decay[:, t] * state, key[:, t], value[:, t], beta[:, t])
-
-    return _loop(query, value.shape[-1], advance)
+    tokens = (value, key, beta, _vector(log_decay))
+    return _loop(query, tokens, lambda state, v, k, b, alpha: _delta(alpha * state, v, k, b))
 
 
-def comba(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor,
-    *,
-    removal_key: Tensor,
-) -> Pair:
-    """S_t = (α I - β k pᵀ) S_{t-1} + β k vᵀ: p reads the state before its decay (Hu et al. 2025, arXiv 2506.02475)."""
-    decay = log_decay.exp()[..., None, None]
+def comba(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, *, removal_key: Tensor) -> Pair:
+    """S_t = (α I - β k pᵀ) S_{t-1} + β k vᵀ: p reads before the decay (Hu et al. 2025, arXiv 2506.02475)."""
 
-    def advance(state: Tensor, t: int) -> Tensor:
-        correction = beta[:, t].unsqueeze(-1) * (value[:, t] - _read(state, removal_key[:, t]))
-        return decay[:, t] * state + _outer(key[:, t], correction)
+    def advance(state: Tensor, value: Tensor, key: Tensor, removal: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
+        return alpha * state + _outer(key, beta.unsqueeze(-1) * (value - _read(state, removal)))
 
-    return _loop(query, value.shape[-1], advance)
+    return _loop(query, (value, key, removal_key, beta, _scalar(log_decay)), advance)
 
 
-def delta_product(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None = None,
-) -> Pair:
+def delta_product(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Pair:
     """The delta rule once for each row of a token, after the decay (Siems et al. 2025, arXiv 2502.10297)."""
 
-    def advance(state: Tensor, t: int) -> Tensor:
-        if log_decay is not None:
-            state = log_decay[:, t].exp()[..., None, None] * state
-        for j in range(key.shape[2]):
-            state = _delta(state, key[:, t, j], value[:, t, j], beta[:, t, j])
+    def advance(state: Tensor, value: Tensor, key: Tensor, beta: Tensor, *decay: Tensor) -> Tensor:
+        for alpha in decay:
+            state = alpha * state
+        for row in zip(value.unbind(1), key.unbind(1), beta.unbind(1), strict=True):
+            state = _delta(state, *row)
         return state
 
-    return _loop(query, value.shape[-1], advance)
+    decay = () if log_decay is None else (_scalar(log_decay),)
+    return _loop(query, (value, key, beta, *decay), advance)
 
 
-def rwkv7(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    *,
-    read: Tensor,
-    write: Tensor,
-) -> Pair:
+def rwkv7(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, *, read: Tensor, write: Tensor) -> Pair:
     """S_t = (diag(w) + b aᵀ) S_{t-1} + k vᵀ, a reads before the decay (Peng et al. 2025, arXiv 2503.14456); scale 1."""
-    decay = log_decay.exp().unsqueeze(-1)
 
-    def advance(state: Tensor, t: int) -> Tensor:
-        modified = decay[:, t] * state + _outer(write[:, t], _read(state, read[:, t]))
-        return modified + _outer(key[:, t], value[:, t])
+    def advance(state: Tensor, value: Tensor, key: Tensor, read: Tensor, write: Tensor, decay: Tensor) -> Tensor:
+        return decay * state + _outer(write, _read(state, read)) + _outer(key, value)
 
-    return _loop(query, value.shape[-1], advance, scale=1.0)
+    return _loop(query, (value, key, read, write, _vector(log_decay)), advance, scale=1.0)
 
 
 def longhorn(query: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Pair:
     """The implicit step of the online regression, strength β / (1 + β ‖k‖²) (Liu et al. 2024, arXiv 2407.14207)."""
-    strength = beta / (1 + beta * key.square().sum(-1))
-    return delta_rule(query, key, value, strength)
+    return delta_rule(query, key, value, beta / (1 + beta * key.square().sum(-1)))
 
 
 def efla(query: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Pair:
@@ -209,24 +161,19 @@ def efla(query: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Pair:
 
 
 def low_rank_flow(
-    query: Tensor,
-    value: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    read: Tensor,
-    write: Tensor,
+    query: Tensor, value: Tensor, log_decay: Tensor | None = None, *, read: Tensor, write: Tensor
 ) -> Pair:
     """S_t = (I + Σ_j b_j a_jᵀ) diag(α) S_{t-1} + Σ_j b_j u_jᵀ, all rows at once (Muca Cirone and Salvi 2025,
     arXiv 2504.00492)."""
 
-    def advance(state: Tensor, t: int) -> Tensor:
-        if log_decay is not None:
-            decay = log_decay[:, t].exp()
-            state = (decay.unsqueeze(-1) if decay.ndim == 3 else decay[..., None, None]) * state
-        reads, writes = read[:, t].transpose(1, 2), write[:, t].transpose(1, 2)  # [B, H, R, K]
-        return state + writes.transpose(-1, -2) @ (reads @ state + value[:, t].transpose(1, 2))
+    def advance(state: Tensor, value: Tensor, reads: Tensor, writes: Tensor, *decay: Tensor) -> Tensor:
+        for alpha in decay:
+            state = alpha * state
+        return state + writes.transpose(-1, -2) @ (reads @ state + value)  # [B, H, R, ·] each
 
-    return _loop(query, value.shape[-1], advance)
+    decay = () if log_decay is None else ((_vector if log_decay.ndim == 4 else _scalar)(log_decay),)
+    value, read, write = (x.transpose(2, 3) for x in (value, read, write))
+    return _loop(query, (value, read, write, *decay), advance)
 
 
 MODELS: tuple[Callable[..., Pair], ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ def _models(console: Console, directory: Path, failures: list[str]) -> dict[str,
     }
 
 
-HEADINGS = ("model", "error", "error of gradients", "forward", "speed-up", "forward + backward", "speed-up")
+HEADINGS = ("model", "error", "gradients' error", "forward", "speed-up", "forward + backward", "speed-up")
 
 
 def model_cells(figures: agreement.ModelFigures) -> tuple[str, ...]:
@@ -143,16 +143,23 @@ def model_caption() -> str:
     """What the table was measured with."""
     exact, timed = agreement.EXACT, agreement.TIMED
     return (
-        f"Errors: against the recurrence in float64, T = {exact.length}. Times and speed-ups over the recurrence: "
-        f"float32, T = {timed.length:,}, {timed.heads} heads of {timed.key_size}, on {torch.get_num_threads()} CPU threads."
+        f"Errors: from the recurrence, float64, T = {exact.length}. Times, and speed-ups over the recurrence: float32, "
+        f"T = {timed.length:,}, {timed.heads} heads of {timed.key_size}, {torch.get_num_threads()} threads."
     )
+
+
+def _table(headings: Sequence[str], caption: str) -> Table:
+    """Names on the left, numbers on the right."""
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for heading in headings:
+        name = heading == headings[0]
+        table.add_column(heading, justify="left" if name else "right", no_wrap=name)
+    return table
 
 
 def model_table(models: Iterable[agreement.ModelFigures]) -> Table:
     """Agreement with the recurrence and speed-up over it, for the screen."""
-    table = Table(box=box.SIMPLE_HEAD, caption=model_caption(), caption_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table = _table(HEADINGS, model_caption())
     for figures in models:
         table.add_row(*model_cells(figures), style=None if figures.agrees else "red")
     return table
@@ -208,14 +215,10 @@ def _tracking(console: Console, directory: Path, seed: int, failures: list[str])
 
             results.append(state_tracking.train(contender, recipe, progress=advance))
     longer = 4 * recipe.length
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"One layer, {recipe.steps} steps on at most {recipe.length} permutations; guessing is right in 17 %.",
-        caption_justify="left",
+    table = _table(
+        ("layer", "parameters", f"right, {recipe.length} long", f"right, {longer} long", f"at position {longer}"),
+        f"One layer, {recipe.steps} steps on at most {recipe.length} permutations; guessing is right in 17 %.",
     )
-    table.add_column("layer")
-    for heading in ("parameters", f"right, {recipe.length} long", f"right, {longer} long", f"at position {longer}"):
-        table.add_column(heading, justify="right")
     for x in results:
         rates = (x.accuracy_trained_length, x.accuracy, x.accuracy_last_position)
         table.add_row(x.name, f"{x.parameters:,}", *(f"{rate:.1%}" for rate in rates))
