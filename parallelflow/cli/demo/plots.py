@@ -111,7 +111,7 @@ def plot_tracking(figures: Sequence[TrackingFigures], trained_length: int, file:
             label = f"{result.name}: {result.accuracy:.1%}"
             axes.plot(positions, result.accuracy_by_position, color=colour, label=label)
         axes.axhline(1 / 6, color=GREY, linestyle="--", linewidth=1.2)
-        _note(axes, "guessing", 4 * trained_length, 1 / 6, GREY, xytext=(0, 12), ha="right")
+        _note(axes, "guessing", 4 * trained_length, 1 / 6, GREY, xytext=(0, -13), ha="right")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set(xlim=(0, 4 * trained_length), ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1.0])
         figure.legend(loc="outside lower left")

@@ -133,10 +133,14 @@ def model_cells(figures: agreement.ModelFigures) -> tuple[str, ...]:
         f"{max(figures.output_error, figures.state_error):.0e}",
         f"{figures.gradient_error:.0e}",
         f"{figures.forward_ms:.1f} ms",
-        f"{figures.forward_speedup:.0f} ×",
+        _ratio(figures.forward_speedup),
         f"{figures.training_ms:.1f} ms",
-        f"{figures.training_speedup:.0f} ×",
+        _ratio(figures.training_speedup),
     )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f} ×" if value < 10 else f"{value:.0f} ×"
 
 
 def model_caption() -> str:
