@@ -70,7 +70,7 @@ def plot_loss(figures: LanguageFigures, file: Path) -> Path:
             axes.axhline(level, color=GREY, linestyle="--", linewidth=1.2)
             _note(axes, f"{name}: {level:.2f}", figures.steps, level, GREY, xytext=(0, 4), ha="right")
         last = figures.held_out_loss[-1]
-        _note(axes, f"{last:.2f}", figures.steps, last, BLUE, xytext=(0, -15), ha="right")
+        _note(axes, f"{last:.2f}", figures.steps, last, BLUE, xytext=(0, -30), ha="right", weight="bold")
         axes.set(xlim=(0, figures.steps * 1.01), ylim=(0, None))
         axes.legend(loc="lower left")
         return _save(figure, file)
