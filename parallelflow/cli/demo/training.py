@@ -27,8 +27,8 @@ class Recipe:
     heads: int = 4
     length: int = 128
     batch: int = 8
-    steps: int = 800
-    seconds: float = 80.0
+    steps: int = 1100
+    seconds: float = 95.0
     learning_rate: float = 8e-3
     evaluate_every: int = 50
     prompt: int = 64
