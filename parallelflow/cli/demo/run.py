@@ -123,7 +123,7 @@ def _models(console: Console, directory: Path, failures: list[str]) -> dict[str,
     }
 
 
-HEADINGS = ("model", "error", "gradients", "forward, ms", "speed-up", "training, ms", "speed-up")
+HEADINGS = ("model", "error", "gradient", "forward", "speed-up", "training", "speed-up")
 
 
 def model_cells(figures: agreement.ModelFigures) -> tuple[str, ...]:
@@ -132,9 +132,9 @@ def model_cells(figures: agreement.ModelFigures) -> tuple[str, ...]:
         figures.model,
         f"{max(figures.output_error, figures.state_error):.0e}",
         f"{figures.gradient_error:.0e}",
-        f"{figures.forward_ms:.0f}",
+        f"{figures.forward_ms:.0f} ms",
         _ratio(figures.forward_speedup),
-        f"{figures.training_ms:.0f}",
+        f"{figures.training_ms:.0f} ms",
         _ratio(figures.training_speedup),
     )
 
@@ -147,15 +147,17 @@ def model_caption() -> str:
     """What the table was measured with."""
     exact, timed = agreement.EXACT, agreement.TIMED
     return (
-        f"Relative error of output and state, and of gradients: float64, T = {exact.length}. Times, and speed-ups over "
-        f"the recurrence: float32, T = {timed.length:,}, {timed.heads} heads of {timed.key_size}, "
+        f"Relative errors of output and state, and of gradients: float64, T = {exact.length}. Times, and speed-ups "
+        f"over the recurrence: float32, T = {timed.length:,}, {timed.heads} heads of {timed.key_size}, "
         f"{torch.get_num_threads()} threads; training is forward and backward."
     )
 
 
 def _table(headings: Sequence[str], caption: str) -> Table:
     """Names on the left, numbers on the right."""
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=f"\n{caption}", caption_justify="left"
+    )
     for heading in headings:
         name = heading == headings[0]
         table.add_column(heading, justify="left" if name else "right", no_wrap=name)
@@ -222,7 +224,7 @@ def _tracking(console: Console, directory: Path, seed: int, failures: list[str])
     longer = 4 * recipe.length
     table = _table(
         ("layer", "size", f"{recipe.length} long", f"{longer} long", f"position {longer}"),
-        f"Right answers. One layer, trained on at most {recipe.length} permutations; guessing: 17 %.",
+        f"Right answers; trained on at most {recipe.length} permutations; guessing gives 17 %.",
     )
     for x in results:
         rates = (x.accuracy_trained_length, x.accuracy, x.accuracy_last_position)
