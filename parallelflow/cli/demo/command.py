@@ -20,7 +20,10 @@ class Part(StrEnum):
 def demo(
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Train the language model on this file instead of Python's own sources."),
+        typer.Option(
+            metavar="FILE",
+            help="Train the language model on this file (its first 8 MiB) instead of Python's own sources.",
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where the plots, the sample and results.json go.")

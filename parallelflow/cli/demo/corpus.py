@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STANDARD_LIBRARY = "Python's standard library"
 LEAST_BYTES = 8192
 MOST_BYTES = 8 * 1024**2
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
@@ -38,7 +39,7 @@ def windows(data: Tensor, size: int, length: int, generator: torch.Generator) ->
 
 
 def read_corpus(file: Path | None = None) -> Corpus:
-    """The bytes of `file`, or of the standard library: the last tenth is held out.
+    """The first `MOST_BYTES` of `file`, or of the standard library: the last tenth of them is held out.
 
     Raises:
         ValueError: for a file that is missing, a folder, unreadable, or shorter than `LEAST_BYTES`.
@@ -50,7 +51,7 @@ def read_corpus(file: Path | None = None) -> Corpus:
         raise ValueError(f"data: {where} {what}, expected at least {LEAST_BYTES:,} bytes to train on")
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     cut = len(tensor) * 9 // 10
-    source = "Python's standard library" if file is None else file.name
+    source = STANDARD_LIBRARY if file is None else file.name
     return Corpus(tensor[:cut], tensor[cut:], source)
 
 
