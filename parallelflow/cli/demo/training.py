@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallelflow.cli.demo.corpus import Corpus
 from parallelflow.cli.demo.language_model import ByteLanguageModel
@@ -27,9 +27,9 @@ class Recipe:
     heads: int = 4
     length: int = 128
     batch: int = 8
-    steps: int = 1000
+    steps: int = 1100
     seconds: float = 95.0
-    learning_rate: float = 1e-2
+    learning_rate: float = 8e-3
     evaluate_every: int = 50
     prompt: int = 64
     generated: int = 600
@@ -72,19 +72,18 @@ def train(
         single_byte_entropy=entropy(corpus.training, 1),
         byte_pair_entropy=entropy(corpus.training, 2) - entropy(corpus.training, 1),
     )
-    optimizers = make_optimizers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     start = time.perf_counter()
     done = 0.0
     while done < 1:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (figures.steps + 1) / 20) * max(0.02, 1 - done)
         tokens, targets = corpus.batch(recipe.batch, recipe.length, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
 
         figures.steps += 1
         figures.training_loss.append(BITS * loss.item())
@@ -95,16 +94,6 @@ def train(
         progress(done, f"{figures.held_out_loss[-1]:.2f} bits a byte")
     figures.seconds = time.perf_counter() - start
     return model, figures
-
-
-def make_optimizers(model: ByteLanguageModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else; both at the same learning rate."""
-    matrices = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
-    others = [x for x in model.parameters() if not any(x is matrix for matrix in matrices)]
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1),
-    ]
 
 
 @torch.no_grad()
