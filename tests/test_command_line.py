@@ -143,6 +143,10 @@ def test_bytes_one_by_one_are_bytes_at_once():
     assert sum(x.nbytes for memory in memories for x in memory) == size
 
 
+def test_binary_samples_leave_the_terminal_alone():
+    assert run._printable("a\x1b[31m\x00b\n\tπ") == "a·[31m·b\n\tπ"
+
+
 def test_the_language_model_learns_and_writes(tmp_path):
     file = tmp_path / "text"
     file.write_bytes(b"the state decays and takes a few rows. " * 400)
