@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -214,11 +215,22 @@ def _printable(text: str) -> str:
     return "".join(x if x.isprintable() or x in "\n\t" else "·" for x in text)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For operations too small to share: no slower, and the same bits whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _tracking(console: Console, directory: Path, seed: int, failures: list[str]) -> list[dict[str, Any]]:
     _heading(console, "State tracking: products of permutations of three things")
     recipe = state_tracking.Recipe(seed=seed)
     results = []
-    with _progress(console) as progress:
+    with _progress(console) as progress, _one_thread():
         for contender in state_tracking.CONTENDERS:
             task = progress.add_task(contender.name, total=1.0, note="")
 
