@@ -26,15 +26,17 @@ class _Address(NamedTuple):
 @lru_cache(maxsize=4096)
 def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int) -> TensorDescriptor:
     start = _Address(address - CHUNK * columns * dtype.itemsize, dtype)
-    return TensorDescriptor(start, [rows + CHUNK + 1, CHUNK, columns], [columns, columns, 1], [1, CHUNK, width], _SWIZZLED_ROWS)
+    return TensorDescriptor(
+        start, [rows + CHUNK + 1, CHUNK, columns], [columns, columns, 1], [1, CHUNK, width], _SWIZZLED_ROWS
+    )
 
 
 def rows(tensor: torch.Tensor, width: int) -> TensorDescriptor:
     """Chunks of 64 rows of a [rows, columns] view, `width` columns at a time, that can end anywhere.
 
-    The row axis appears twice: coordinates (a, b) name row a + b − 64, and b is cut at 64.  A chunk of which `valid` rows belong
-    to its sequence is addressed as (first + valid, 64 − valid): rows past the end read as zero and are never written, whatever
-    lies there.
+    The row axis appears twice: coordinates (a, b) name row a + b − 64, and b is cut at 64.  A chunk with `valid` rows
+    in its sequence is addressed as (first + valid, 64 − valid): rows past the end read as zero and are never written,
+    whatever lies there.
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
     return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width)

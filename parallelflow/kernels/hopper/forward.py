@@ -6,10 +6,11 @@ For a chunk with entry state S₀ and the arrays of ``prepare`` (rows are tokens
     O  = scale · from_start ⊙ Q S₀ + scores R
     S₁ = total S₀ + (to_end ⊙ K)ᵀ R
 
-One program carries 64 value columns of one head of one sequence.  Its roles share a ring of chunk tiles in shared memory:
+One program carries 64 value columns of one head of one sequence.  Its roles share a ring of chunk tiles in shared
+memory:
 
-    state   (4 warps)  keeps S transposed, [64 values × K keys], in its accumulators, so that every product on the chain from
-                       chunk to chunk takes its left operand from registers; it hands S₀ and R out through shared memory
+    state   (4 warps)  keeps S transposed, [64 values × K keys], in its accumulators, so that every product on the chain
+                       from chunk to chunk takes its left operand from registers; hands S₀ and R out in shared memory
     output  (4 warps)  forms O, about one chunk behind, off the chain
     load    (1 warp)   fetches the tiles of the chunks ahead (TMA)
     store   (1 warp)   sends O, and on request R and the entry states, to memory (TMA)
@@ -62,8 +63,12 @@ def state_role(
     query_tiles, key_tiles, value_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles = tiles
     entry_tiles, solution_tiles, handed, taken = handover
     dtype: gl.constexpr = key_tiles.dtype
-    token_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    state_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
+    token_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
+    )
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16]
+    )
     token_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=token_layout, k_width=2)
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
     along_tokens: gl.constexpr = gl.SliceLayout(0, token_layout)
@@ -83,8 +88,8 @@ def state_role(
         rounded = state.to(dtype)
         key = key_tiles.index(slot).reshape([64, K])
         if SOLVE:
-            seen = warpgroup_mma(gl.convert_layout(rounded, token_operand, assert_trivial=True), key.permute((1, 0)), zero,
-                                 use_acc=False, is_async=True)  # fmt: skip
+            operand = gl.convert_layout(rounded, token_operand, assert_trivial=True)
+            seen = warpgroup_mma(operand, key.permute((1, 0)), zero, use_acc=False, is_async=True)
         if HAND:
             mbarrier.wait(taken.index(pair), ((i // 2) & 1) ^ 1)
             entry_tiles.index(pair).store(rounded)
@@ -93,8 +98,9 @@ def state_role(
         if SOLVE:
             seen = warpgroup_mma_wait(0, deps=(seen,))
             residual = (value - seen * from_start[None, :]).to(dtype)
-            solution = warpgroup_mma(gl.convert_layout(residual, token_operand, assert_trivial=True),
-                                     inverse_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)  # fmt: skip
+            operand = gl.convert_layout(residual, token_operand, assert_trivial=True)
+            inverse = inverse_tiles.index(slot).permute((1, 0))
+            solution = warpgroup_mma(operand, inverse, zero, use_acc=False, is_async=True)
             solution = warpgroup_mma_wait(0, deps=(solution,))
         weighted = gl.convert_layout((solution * to_end[None, :]).to(dtype), state_operand, assert_trivial=True)
         update = warpgroup_mma(weighted, key, state, is_async=True)
@@ -245,20 +251,20 @@ def forward_kernel(
     carried = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
     if OUTPUT:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count, value_dim,
-                          K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
+            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count,
+                          value_dim, K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
             (output_role, (tiles, ready, free, handover, outward, scale, count, K, STAGES, SOLVE)),
-            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads, count,
-                         K, STAGES, SOLVE, OUTPUT)),
+            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
+                         count, K, STAGES, SOLVE, OUTPUT)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim,
                           first_column, count, SOLVE, OUTPUT, SAVE)),
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count, value_dim,
-                          K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
-            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads, count,
-                         K, STAGES, SOLVE, OUTPUT)),
+            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count,
+                          value_dim, K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
+            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
+                         count, K, STAGES, SOLVE, OUTPUT)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim,
                           first_column, count, SOLVE, OUTPUT, SAVE)),
         ], [1, 1], [40, 40])  # fmt: skip

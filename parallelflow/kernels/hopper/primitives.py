@@ -1,4 +1,4 @@
-"""What the scans share: where a sequence lies, how a chunk's rows are addressed, and two-for-one unpacking of 16-bit values."""
+"""What the scans share: where sequences, chunks and states lie, and 16-bit values unpacked two at a time."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED: gl.constexpr):
-    """(first token, end token, first chunk) of a sequence: from tables when sequences are packed, by arithmetic otherwise."""
+    """First token, end token and first chunk of a sequence: from tables when packed, by arithmetic otherwise."""
     if PACKED:
         first = gl.load(cu_seqlens + sequence)
         end = gl.load(cu_seqlens + sequence + 1)
@@ -20,7 +20,7 @@ def locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED:
 
 @gluon.jit
 def chunk_window(first_token, end_token, i):
-    """The two row coordinates of chunk i for a descriptor made by ``rows`` (descriptors.py): they clip at the sequence's end."""
+    """Row coordinates of chunk i for a descriptor made by ``rows`` (descriptors.py); they clip at its end."""
     first = first_token + i * 64
     valid = gl.minimum(end_token - first, 64)
     return first + valid, 64 - valid
@@ -31,7 +31,12 @@ def unpack(x):
     """Sixteen-bit floats as float32.  bfloat16 goes two per register, kept where it is written (is_pure=False)."""
     if x.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
-            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], dtype=gl.float32, is_pure=False, pack=2
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }",
+            "=r,=r,r",
+            [x],
+            dtype=gl.float32,
+            is_pure=False,
+            pack=2,
         )
     else:
         return x.to(gl.float32)
@@ -41,8 +46,8 @@ def unpack(x):
 def state_offsets(value_dim, layout: gl.constexpr, K: gl.constexpr):
     """Where the elements of a transposed tile [64 values, K keys] of a state [K, V] lie.
 
-    The stride passes through an opaque move: offsets that a scan needs before and after its loop are then computed twice
-    rather than kept in registers throughout.
+    The stride passes through an opaque move: offsets that a scan needs before and after its loop are then computed
+    twice rather than kept in registers throughout.
     """
     stride = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value_dim], dtype=gl.int32, is_pure=False, pack=1)
     row = gl.arange(0, 64, gl.SliceLayout(1, layout))

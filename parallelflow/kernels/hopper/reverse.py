@@ -6,9 +6,11 @@ With dS₁ the gradient of a chunk's exit state, dO the outputs' gradient and th
     W   = inverseᵀ Z = d_value                                        (Z itself for rows that only write)
     dS₀ = total dS₁ + scale · (from_start ⊙ Q)ᵀ dO − (from_start ⊙ K)ᵀ W      (the last term for rows that read)
 
-Only what depends on dS₁ stays on the chain from chunk to chunk.  One program carries 64 value columns of one head of one sequence:
+Only what depends on dS₁ stays on the chain from chunk to chunk.  One program carries 64 value columns of one head of
+one sequence:
 
-    state    (4 warps)  keeps dS transposed, [64 values × K keys], in its accumulators; hands dS₁ and W out through shared memory
+    state    (4 warps)  keeps dS transposed, [64 values × K keys], in its accumulators; hands dS₁ and W out in shared
+                        memory
     adjoint  (4 warps)  forms scoresᵀ dO and scale · from_start ⊙ dO, a chunk or two ahead of the chain
     load     (1 warp)   fetches the tiles of the chunks ahead (TMA)
     store    (1 warp)   sends the exit gradients and W to memory (TMA)
@@ -85,8 +87,12 @@ def state_role(
     spread_tiles, spread_ready, spread_free = inward
     exit_tile, exit_ready, exit_free, solution_tile, solution_ready, solution_free = outward
     dtype: gl.constexpr = key_tiles.dtype
-    token_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    state_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
+    token_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
+    )
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16]
+    )
     token_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=token_layout, k_width=2)
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
     zero = gl.zeros([64, 64], gl.float32, token_layout)
@@ -103,11 +109,10 @@ def state_role(
     total = from_start_tiles.index(0).slice(63, 1).load(gl.SliceLayout(1, state_layout))
     for j in range(count):
         slot = j % STAGES
-        pair = j % 2
         rounded = state.to(dtype)
         key = key_tiles.index(slot).reshape([64, K])
-        seen = warpgroup_mma(gl.convert_layout(rounded, token_operand, assert_trivial=True), key.permute((1, 0)), zero,
-                             use_acc=False, is_async=True)  # fmt: skip
+        operand = gl.convert_layout(rounded, token_operand, assert_trivial=True)
+        seen = warpgroup_mma(operand, key.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(exit_free, (j & 1) ^ 1)
         exit_tile.store(rounded)
         mbarrier.arrive(exit_ready, count=1)
@@ -121,7 +126,9 @@ def state_role(
             solution = warpgroup_mma(operand, inverse_tiles.index(slot), zero, use_acc=False, is_async=True)
             update = warpgroup_mma(gradient, query, state, is_async=True)
             solution = warpgroup_mma_wait(1, deps=(solution,))
-            weighted = gl.convert_layout((solution * -from_start[None, :]).to(dtype), state_operand, assert_trivial=True)
+            weighted = gl.convert_layout(
+                (solution * -from_start[None, :]).to(dtype), state_operand, assert_trivial=True
+            )
             update = warpgroup_mma(weighted, key, update, is_async=True)
         else:
             update = warpgroup_mma(gradient, query, state, is_async=True)
@@ -226,8 +233,8 @@ def reverse_kernel(
     handover = (inward, outward)
     carried = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
     gl.warp_specialize([
-        (state_role, (tiles, ready, free, handover, final_gradient + carried, initial_gradient + carried, count, value_dim,
-                      K, STAGES, SOLVE, FINAL, INITIAL)),
+        (state_role, (tiles, ready, free, handover, final_gradient + carried, initial_gradient + carried, count,
+                      value_dim, K, STAGES, SOLVE, FINAL, INITIAL)),
         (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
         (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads, count,
                      K, STAGES, SOLVE)),

@@ -1,5 +1,5 @@
-"""The scans of ``kernels/scan.py`` on Hopper GPUs: the same functions, for bfloat16 and float16 heads of K 64 or 128 and V a
-multiple of 64, in chunks of 64 tokens.  ``fits`` says whether they serve a problem."""
+"""The scans of ``kernels/scan.py`` on Hopper GPUs: the same functions, for bfloat16 and float16, chunks of 64 tokens,
+K of 64 or 128 and V a multiple of 64.  ``fits`` says whether they serve a problem."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ def fits(query: Tensor, value: Tensor, chunks: Chunks) -> bool:
         and value_dim % 64 == 0
         and chunks.size == CHUNK
         and chunks.count > 0
-        and max(chunks.count * heads * max(value_dim, CHUNK), query.shape[0] * query.shape[1] + 2 * CHUNK) <= LARGEST_COORDINATE
+        and max(chunks.count * heads * max(value_dim, CHUNK), query.shape[0] * query.shape[1] + 2 * CHUNK)
+        <= LARGEST_COORDINATE
     )
 
 
@@ -43,14 +44,16 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
 
 def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *,
                    initial_state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The states at the chunks' entries, transposed, [M, HV, V, K], and R [B, T, HV, V], both in the dtype of `value`."""
+    """States at the chunks' entries, transposed, [M, HV, V, K], and R [B, T, HV, V], both in the dtype of `value`."""
     entry_states = value.new_empty(chunks.count, value.shape[2], value.shape[3], key.shape[3])
     innovation = value if prepared.inverse is None else torch.empty_like(value)
     _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, None, innovation, entry_states)
     return entry_states, innovation
 
 
-def _forward(query, key, value, prepared, chunks, scale, initial_state, final_state, output, innovation, entry_states) -> None:
+def _forward(
+    query, key, value, prepared, chunks, scale, initial_state, final_state, output, innovation, entry_states
+) -> None:
     heads, value_dim, key_dim = *value.shape[2:], key.shape[3]
     key_rows, value_rows, from_start = rows(key, key_dim), rows(value, 64), vectors(prepared.from_start)
     square = blocks(prepared.scores)
@@ -74,9 +77,10 @@ def _forward(query, key, value, prepared, chunks, scale, initial_state, final_st
 
 
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None, initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], and of the values [B, T, HV, V], both in the
-    dtype of `d_output`, and, on request, of the initial state [N, HV, K, V] in float32."""
+                 d_final_state: Tensor | None,
+                 initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], and of the values [B, T, HV, V], both in
+    the dtype of `d_output`, and, on request, of the initial state [N, HV, K, V] in float32."""
     heads, value_dim, key_dim = *d_output.shape[2:], key.shape[3]
     d_value = torch.empty_like(d_output)
     exit_gradients = d_output.new_empty(chunks.count, heads, value_dim, key_dim)

@@ -1,0 +1,43 @@
+"""Compile Gluon kernels for compute capability 9.0 without a GPU, and read what ptxas says of them."""
+
+import re
+import subprocess
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon")
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import compile as compile_kernel
+from triton.experimental.gluon._runtime import GluonASTSource
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel asks of a multiprocessor, and the numbers of ptxas's remarks."""
+
+    shared_bytes: int
+    spilled_bytes: int
+    remarks: list[str]
+
+
+@pytest.fixture(scope="session")
+def compile_for_hopper(tmp_path_factory):
+    """compile_for_hopper(kernel, signature, constants, registers) -> Resources."""
+    folder = tmp_path_factory.mktemp("hopper")
+
+    def build(kernel, signature, constants, registers):
+        signature = signature | dict.fromkeys(constants, "constexpr")
+        source = GluonASTSource(kernel, signature, constants, {})
+        options = {"num_warps": 4, "maxnreg": registers}
+        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx = folder / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True)
+        text = report.stdout + report.stderr
+        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", text))
+        return Resources(compiled.metadata.shared, spilled, re.findall(r"C75\d\d", text))
+
+    return build
