@@ -6,13 +6,6 @@ from typing import NamedTuple
 
 import pytest
 
-pytest.importorskip("triton.experimental.gluon")
-
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import compile as compile_kernel
-from triton.experimental.gluon._runtime import GluonASTSource
-
 
 class Resources(NamedTuple):
     """What one compiled kernel asks of a multiprocessor, and the numbers of ptxas's remarks."""
@@ -25,6 +18,11 @@ class Resources(NamedTuple):
 @pytest.fixture(scope="session")
 def compile_for_hopper(tmp_path_factory):
     """compile_for_hopper(kernel, signature, constants, registers) -> Resources."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import compile as compile_kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
     folder = tmp_path_factory.mktemp("hopper")
 
     def build(kernel, signature, constants, registers):

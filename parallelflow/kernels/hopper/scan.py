@@ -54,7 +54,7 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
 def _forward(
     query, key, value, prepared, chunks, scale, initial_state, final_state, output, innovation, entry_states
 ) -> None:
-    heads, value_dim, key_dim = *value.shape[2:], key.shape[3]
+    heads, value_dim, key_dim = value.shape[2], value.shape[3], key.shape[3]
     key_rows, value_rows, from_start = rows(key, key_dim), rows(value, 64), vectors(prepared.from_start)
     square = blocks(prepared.scores)
     need_output, save, solve = output is not None, entry_states is not None, prepared.inverse is not None
@@ -81,16 +81,16 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
                  initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], and of the values [B, T, HV, V], both in
     the dtype of `d_output`, and, on request, of the initial state [N, HV, K, V] in float32."""
-    heads, value_dim, key_dim = *d_output.shape[2:], key.shape[3]
+    heads, value_dim, key_dim = d_output.shape[2], d_output.shape[3], key.shape[3]
     d_value = torch.empty_like(d_output)
     exit_gradients = d_output.new_empty(chunks.count, heads, value_dim, key_dim)
     d_initial_state = _state_like(key, d_output, chunks) if initial_gradient else None
-    square = blocks(prepared.scores)
     solve = prepared.inverse is not None
     vacant = prepared.total
     reverse_kernel[(chunks.sequences * heads * (value_dim // 64),)](
         rows(query, key_dim), rows(key, key_dim), rows(d_output, 64),
-        blocks(prepared.inverse) if solve else square, square, vectors(prepared.from_start), vectors(prepared.to_end),
+        blocks(prepared.scores if prepared.inverse is None else prepared.inverse), blocks(prepared.scores),
+        vectors(prepared.from_start), vectors(prepared.to_end),
         blocks(exit_gradients), rows(d_value, 64),
         vacant if d_final_state is None else d_final_state,
         vacant if d_initial_state is None else d_initial_state,
