@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .chunks import Chunks, locate_chunk
 from .prepare import Prepared, decay_between
-from .products import float32_precision
+from .products import float32_precision, shared_memory
 
 
 @triton.jit
@@ -82,6 +82,13 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
         value_head = head * (HV // H) + j
         flat = chunk * HV + value_head
         head_value = (first * HV + value_head) * V
+        weight = tl.where(valid, 1.0, 0.0)
+        if HAS_BETA:
+            place = (first + row) * HV + value_head
+            weight = tl.load(beta + place, mask=valid, other=0.0).to(tl.float32)
+        if HAS_DECAY:
+            high = tl.load(cumulative + flat * 2 * C + row)
+            low = tl.load(cumulative + flat * 2 * C + C + row)
         f = tl.zeros([C, C], tl.float32)
         n = tl.zeros([C, C], tl.float32)
         for part in tl.range(0, V, BV, num_stages=STAGES):
@@ -92,13 +99,7 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
             if TIED:
                 w = load_rows(d_value + head_value, row, valid, channel, HV, V)
                 n = tl.dot(w, tl.trans(r), n, input_precision=PRECISION)
-        weight = tl.where(valid, 1.0, 0.0)
-        if HAS_BETA:
-            place = (first + row) * HV + value_head
-            weight = tl.load(beta + place, mask=valid, other=0.0).to(tl.float32)
         if HAS_DECAY:
-            high = tl.load(cumulative + flat * 2 * C + row)
-            low = tl.load(cumulative + flat * 2 * C + C + row)
             decay = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], causal)
             f *= decay * scale
         else:
@@ -158,10 +159,18 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
         weight = tl.where(valid, 1.0, 0.0)
         if HAS_BETA:
             weight = tl.load(beta + (first + row) * HV + value_head, mask=valid, other=0.0).to(tl.float32)
+        # small loads first, so that they wait together with the tiles
+        k = load_rows(key + head_key, row, valid, column, H, K)
+        if HAS_DECAY:
+            q = load_rows(query + head_key, row, valid, column, H, K)
+            high = tl.load(cumulative + flat * 2 * C + row)
+            low = tl.load(cumulative + flat * 2 * C + C + row)
+            end_high = tl.load(cumulative + flat * 2 * C + C - 1)
+            end_low = tl.load(cumulative + flat * 2 * C + 2 * C - 1)
         q_entry = tl.zeros([C, BK], tl.float32)
         k_entry = tl.zeros([C, BK], tl.float32)
         k_exit = tl.zeros([C, BK], tl.float32)
-        overlap = 0.0
+        overlap = tl.zeros([BV], tl.float32)
         for part in tl.range(0, V, BV, num_stages=STAGES):
             channel = part + tl.arange(0, BV)
             state = load_state(entry_states + base, channel, column, K, V)
@@ -174,30 +183,24 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
             r = load_rows(innovation + head_value, row, valid, channel, HV, V)
             k_exit = tl.dot(r, d_state, k_exit, input_precision=PRECISION)
             if HAS_DECAY:
-                overlap += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
+                overlap += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
         if HAS_DECAY:
-            high = tl.load(cumulative + flat * 2 * C + row)
-            low = tl.load(cumulative + flat * 2 * C + C + row)
-            end_high = tl.load(cumulative + flat * 2 * C + C - 1)
-            end_low = tl.load(cumulative + flat * 2 * C + 2 * C - 1)
             from_start = tl.exp2(high)
             q_entry *= (from_start * scale)[:, None]
             k_exit *= tl.exp2((end_high - high) + (end_low - low))[:, None]
-            q = load_rows(query + head_key, row, valid, column, H, K).to(tl.float32)
-            entry_sum = tl.sum(q_entry * q, 1)
+            entry_sum = tl.sum(q_entry * q.to(tl.float32), 1)
         else:
             q_entry *= scale
-        k = load_rows(key + head_key, row, valid, column, H, K).to(tl.float32)
         if TIED:
             if HAS_DECAY:
                 k_entry *= from_start[:, None]
-                entry_sum -= tl.sum(k_entry * k, 1)
+                entry_sum -= tl.sum(k_entry * k.to(tl.float32), 1)
             dk -= k_entry
         if HAS_DECAY:
             tl.store(entry_sums + part_flat * C + row, entry_sum)
-            tl.store(overlaps + part_flat, overlap * tl.exp2(end_high + end_low))
+            tl.store(overlaps + part_flat, tl.sum(overlap, 0) * tl.exp2(end_high + end_low))
         if HAS_BETA or HAS_DECAY:
-            tl.store(exit_sums + part_flat * C + row, tl.sum(k_exit * k, 1))
+            tl.store(exit_sums + part_flat * C + row, tl.sum(k_exit * k.to(tl.float32), 1))
         dq += q_entry
         dk += k_exit * weight[:, None]
     offset = head_key + row[:, None] * (H * K) + column[None, :]
@@ -247,6 +250,19 @@ def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, ove
         tl.store(d_log_decay + place, d_decay.to(d_log_decay.dtype.element_ty), mask=inside)
 
 
+def configuration(key: Tensor, value: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile sizes, warps and pipeline stages of `pairs_kernel` and `states_kernel`, from head sizes, heads, dtype, card."""
+    group = value.shape[2] // key.shape[2]
+    k, v = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (key, value))
+    full = key.element_size() > 2
+    stages = 1 if full or shared_memory(key.device) < 160_000 else 3
+    pairs = {"BK": min(k, 32 if full else 128), "BV": min(v, 32), "STAGES": stages, "num_stages": stages,
+             "num_warps": 4}  # fmt: skip
+    states = {"BK": min(k, 32 if full else 64), "BV": min(v, 32 if full or group == 1 else 64), "STAGES": stages,
+              "num_stages": stages, "num_warps": 4}  # fmt: skip
+    return pairs, states
+
+
 def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, d_output: Tensor,
              innovation: Tensor, d_value: Tensor, entry_states: Tensor, exit_gradients: Tensor, prepared: Prepared,
              chunks: Chunks, *, scale: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -261,10 +277,8 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     d_log_decay = torch.empty_like(log_decay) if has_decay else None
     if m == 0:
         return d_query, d_key, d_beta, d_log_decay
-    width = max(16, min(triton.next_power_of_2(k), 32 if full else 64))
-    tile = max(16, min(triton.next_power_of_2(v), 32))
-    stages = 1 if full else 3
-    tiles = triton.cdiv(k, width)
+    pairs_options, states_options = configuration(key, d_output)
+    tiles = triton.cdiv(k, states_options["BK"])
 
     def sums(*shape: int, wanted: bool) -> Tensor | None:
         return torch.empty(*shape, device=key.device, dtype=torch.float32) if wanted else None
@@ -280,15 +294,14 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     batch = chunks.table, chunks.time, chunks.per_sequence
     flags = {"HV": value_heads, "C": c, "PACKED": chunks.packed, "TIED": tied, "HAS_BETA": has_beta,
              "HAS_DECAY": has_decay}  # fmt: skip
-    sizes = {"H": heads, "K": k, "V": v, "BV": tile, "PRECISION": float32_precision(key.device)}
+    sizes = {"H": heads, "K": k, "V": v, "PRECISION": float32_precision(key.device)}
     pairs_kernel[(m * heads,)](
         query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums, aligned,
-        *batch, scale, BK=max(16, min(triton.next_power_of_2(k), 32 if full else 128)),
-        num_warps=4, num_stages=stages, STAGES=stages, **sizes, **flags)  # fmt: skip
+        *batch, scale, **pairs_options, **sizes, **flags)  # fmt: skip
     states_kernel[(m * heads * tiles,)](
         query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, prepared.cumulative, d_pairs,
-        d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m, BK=width, TILES=tiles,
-        num_warps=4, num_stages=stages, STAGES=stages, **sizes, **flags)  # fmt: skip
+        d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m, TILES=tiles,
+        **states_options, **sizes, **flags)  # fmt: skip
     if vectors:
         few = min(8, triton.next_power_of_2(value_heads))
         sums_kernel[(m * triton.cdiv(value_heads, few),)](

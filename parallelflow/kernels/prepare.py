@@ -225,7 +225,7 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
     scores_kernel[(m * heads,)](
         query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
-        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=2, num_stages=1, **common)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=1, num_stages=1, **common)  # fmt: skip
     if inverse is not None:
         inverse_kernel[(m * value_heads,)](
             key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,

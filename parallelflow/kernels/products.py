@@ -16,6 +16,13 @@ def float32_precision(device: torch.device) -> str:
     return "ieee"
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may take on `device` (a Hopper's where there is no GPU)."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """`a @ b` in float32; `a` is rounded to the dtype of `b`."""

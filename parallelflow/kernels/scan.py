@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chunks import Chunks, locate_sequence
 from .prepare import Prepared
-from .products import float32_precision, product
+from .products import float32_precision, product, shared_memory
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
@@ -150,13 +150,16 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
         tl.store(d_initial_state + whole_state + across, state, mask=state_inside)
 
 
-def configuration(key: Tensor, value: Tensor) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of the scans; they depend on the head sizes and dtype alone."""
+def configuration(key: Tensor, value: Tensor, tied: bool) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of the scans; they depend on head sizes, dtype, ties and card alone."""
     width = max(16, triton.next_power_of_2(key.shape[-1]))
-    bytes_ = key.element_size()
-    tile = 64 if width * bytes_ <= 512 else 32 if width * bytes_ <= 1024 else 16
+    row = width * key.element_size()
+    tile = 64 if row <= 512 else 32 if row <= 1024 else 16
     tile = min(tile, max(16, triton.next_power_of_2(value.shape[-1])))
-    stages = 2 if width * bytes_ <= 512 and bytes_ == 2 else 1
+    if key.element_size() > 2 or row > 512 or shared_memory(key.device) < 160_000:
+        stages = 1
+    else:
+        stages = 2 if tied or row > 256 else 3
     return {"BK": width, "BV": tile, "STAGES": stages, "num_warps": 8 if width > 128 and tile == 64 else 4,
             "num_stages": stages}  # fmt: skip
 
@@ -170,7 +173,7 @@ def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
 
 
 def _forward(query, key, value, prepared, chunks, scale, initial_state, output, innovation, entry_states, final_state):
-    options = configuration(key, value)
+    options = configuration(key, value, prepared.inverse is not None)
     forward_kernel[_grid(value, chunks, options["BV"])](
         query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
@@ -207,7 +210,7 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
     exit_gradients = key.new_empty(chunks.count, value_heads, v, k)
     d_value = torch.empty_like(d_output)
     d_initial = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if initial_gradient else None
-    options = configuration(key, d_output)
+    options = configuration(key, d_output, prepared.inverse is not None)
     reverse_kernel[_grid(d_output, chunks, options["BV"])](
         query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         d_final_state, d_value, exit_gradients, d_initial, chunks.cu_seqlens, chunks.offsets,
