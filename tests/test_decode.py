@@ -163,7 +163,7 @@ def test_states_at_positions_with_many_heads(model):
     assert_close(result.states, model.oracle(inputs, state_positions=positions).states)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_states_at_any_positions(data):
     model = data.draw(st.sampled_from(MODELS))

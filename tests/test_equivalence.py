@@ -179,7 +179,7 @@ def test_inputs_are_left_alone(model):
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape(data):
     model = data.draw(st.sampled_from(MODELS))

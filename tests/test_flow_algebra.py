@@ -94,18 +94,30 @@ def loop(flows: Flow, lengths, initial):
         s = initial[lane]
         for _ in range(length):
             entries.append(s)
-            s = flows[place].apply(s)
+            s = Flow(flows.transition[place], flows.source[place]).apply(s)
             place += 1
         final.append(s)
     return torch.stack(entries), torch.stack(final)
 
 
+def scan(flows: Flow, lengths, initial):
+    """`entry_states` with everything lane after lane; its own axis is step after step, the longest lanes first."""
+    starts = [sum(lengths[:lane]) for lane in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda lane: -lengths[lane])
+    places = [starts[lane] + step for step in range(max(lengths)) for lane in order if lengths[lane] > step]
+    if hasattr(Lanes, "starts"):
+        order, places = list(range(len(lengths))), list(range(sum(lengths)))
+    ordered = Flow(flows.transition[places], flows.source[places])
+    entries, final = entry_states(ordered, Lanes(lengths), initial[order])
+    return entries[torch.tensor(places).argsort()], final[torch.tensor(order).argsort()]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_exclusive_scan_is_the_loop(kind, lengths):
     flows, initial = flow(kind, sum(lengths), 2), state(len(lengths), 2)
-    entries, final = entry_states(flows, Lanes(lengths), initial)
+    entries, final = scan(flows, lengths, initial)
     expected = loop(flows, lengths, initial)
     assert_close(entries, expected[0], 1e-12)
     assert_close(final, expected[1], 1e-12)
@@ -121,7 +133,7 @@ def test_scan_has_the_gradients_of_the_loop(kind):
         entries, final = run(Flow(*tensors[:2]))
         return torch.autograd.grad(entries.square().sum() + final.sin().sum(), tensors)
 
-    actual = grads(lambda f: entry_states(f, Lanes(lengths), tensors[2]))
+    actual = grads(lambda f: scan(f, lengths, tensors[2]))
     expected = grads(lambda f: loop(f, lengths, tensors[2]))
     for got, wanted in zip(actual, expected, strict=True):
         assert_close(got, wanted, 1e-12)
@@ -132,7 +144,7 @@ def test_nan_stays_in_its_lane(kind):
     lengths = (3, 4, 2)
     flows, initial = flow(kind, sum(lengths)), state(len(lengths))
     flows.source[4] = torch.nan
-    entries, final = entry_states(flows, Lanes(lengths), initial)
+    entries, final = scan(flows, lengths, initial)
     assert final[1].isnan().any()
     assert final[[0, 2]].isfinite().all()
     assert entries[[0, 1, 2, 7, 8]].isfinite().all()

@@ -139,7 +139,7 @@ def test_many_heads(model):
             assert_close(got, wanted[name], what=f"d {name}, {lengths}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=7),
     model=st.sampled_from(MODELS),
