@@ -1,1 +1,1 @@
-"""GPU twins of (solver, aggregate, readout).  The only package that imports Triton; nothing is imported until asked for."""
+"""GPU twins of (solver, aggregate, readout): the only package that imports Triton, and only when asked for."""

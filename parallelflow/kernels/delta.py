@@ -62,7 +62,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     chunks = _chunks(query, value, cu_seqlens, cu_seqlens_host)
     prepared = prepare(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
     output, final_state = _scans(tier).forward_scan(
-        query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state)  # fmt: skip
+        query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state)
     saved = [tensor for tensor in prepared if tensor is not None] if save_for_backward else []
     return output, final_state, saved
 
@@ -73,7 +73,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
              cu_seqlens_host: Tensor | None = None, tier: str = "triton",
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of query, key, value, beta, log_decay and initial_state (the last three None where the input is None)."""
+    """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None)."""
     query, key, value, beta, log_decay, initial_state, d_output, d_final_state = _contiguous(
         query, key, value, beta, log_decay, initial_state, d_output, d_final_state)  # fmt: skip
     chunks = _chunks(query, value, cu_seqlens, cu_seqlens_host)

@@ -226,9 +226,10 @@ def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, ove
     vector = flat[:, None] * C + row[None, :]
     inside = present[:, None] & (row < length)[None, :]
     place = (first + row)[None, :] * HV + head[:, None]
+    entries = count.to(tl.int64) * HV
     exits = tl.zeros([HEADS, C], tl.float32)
     for tile in tl.static_range(TILES):
-        exits += tl.load(exit_sums + tile * count * HV * C + vector, mask=inside, other=0.0)
+        exits += tl.load(exit_sums + tile * entries * C + vector, mask=inside, other=0.0)
     weight = tl.where(inside, 1.0, 0.0)
     if HAS_BETA:
         weight = tl.load(beta + place, mask=inside, other=0.0).to(tl.float32)
@@ -242,8 +243,8 @@ def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, ove
         d_sum = tl.load(cross_sums + vector, mask=inside, other=0.0)
         whole = tl.zeros([HEADS], tl.float32)
         for tile in tl.static_range(TILES):
-            d_sum += tl.load(entry_sums + tile * count * HV * C + vector, mask=inside, other=0.0)
-            whole += tl.load(overlaps + tile * count * HV + flat, mask=present, other=0.0)
+            d_sum += tl.load(entry_sums + tile * entries * C + vector, mask=inside, other=0.0)
+            whole += tl.load(overlaps + tile * entries + flat, mask=present, other=0.0)
         exits *= weight
         before = tl.cumsum(exits, 1) - exits
         d_decay = tl.cumsum(d_sum, 1, reverse=True) + before + whole[:, None]
@@ -251,7 +252,7 @@ def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, ove
 
 
 def configuration(key: Tensor, value: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile sizes, warps and pipeline stages of `pairs_kernel` and `states_kernel`, from head sizes, heads, dtype, card."""
+    """Tile sizes, warps and stages of `pairs_kernel` and `states_kernel`, from heads, their sizes, dtype and card."""
     group = value.shape[2] // key.shape[2]
     k, v = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (key, value))
     full = key.element_size() > 2
@@ -270,7 +271,6 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     heads, k = key.shape[2:]
     value_heads, v = d_output.shape[2:]
     m, c = chunks.count, chunks.size
-    full = key.dtype == torch.float32
     tied, has_beta, has_decay = prepared.inverse is not None, beta is not None, log_decay is not None
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     d_beta = torch.empty_like(beta) if has_beta else None

@@ -1,6 +1,6 @@
 """What every chunk needs before the scan, made for all chunks at once: decay vectors, scores and the inverse.
 
-With c_t the sum of the log-decays from the chunk's start to token t, D[t, s] = e^{c_t - c_s}, and one chunk's q, k, beta:
+With c_t the sum of the log-decays from the chunk's start to token t and D[t, s] = e^{c_t - c_s}:
 
     from_start[t] = e^{c_t}          to_end[s] = beta_s e^{c_C - c_s}          total = e^{c_C}
     scores  P[t, s] = 1(s <= t) scale (q_t . k_s) D[t, s] beta_s
@@ -9,7 +9,7 @@ With c_t the sum of the log-decays from the chunk's start to token t, D[t, s] = 
 The coefficient stands in columns only.  So the scan carries R = (I + L)^-1 (V - e^c K S_0), the values less what the
 state already returns for their keys, and beta needs no division in the gradients.
 
-The sums c are kept as two float32 numbers, high + low, in units of log 2: a plain float32 difference c_t - c_s loses the
+The sums c are kept as two float32 numbers, high + low, in units of log 2: a plain float32 difference loses the
 small decays beside the large ones.  Log-decays under -800 (and -inf) count as -800, whose exponential is 0 in float32.
 """
 
@@ -108,7 +108,7 @@ def coupling(key, beta, sums, late, early, length, H: tl.constexpr, HV: tl.const
              BK: tl.constexpr, DIAGONAL: tl.constexpr, HAS_DECAY: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """Blocks of L at the rows `late` and the columns `early`: tokens [n, b] -> [n, b, b], or [b] -> [b, b]."""
-    SHAPE: tl.constexpr = late.shape + [late.shape[-1]]
+    SHAPE: tl.constexpr = late.shape + late.shape[-1:]
     LAST: tl.constexpr = len(late.shape)
     blocks = tl.zeros(SHAPE, tl.float32)
     for start in tl.static_range(0, K, BK):
@@ -206,7 +206,7 @@ def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence,
 
 def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
             *, tied: bool, scale: float) -> Prepared:  # fmt: skip
-    """The chunk-wise arrays of q, k [B, T, H, K], beta and log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
+    """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
     heads, size = query.shape[2], query.shape[3]
     c, m = chunks.size, chunks.count
     vector = {"device": query.device, "dtype": torch.float32}
@@ -222,10 +222,12 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     precision = float32_precision(query.device)
     full = query.dtype == torch.float32
     width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
-    common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed, "HAS_DECAY": log_decay is not None, "PRECISION": precision}
+    common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed,
+              "HAS_DECAY": log_decay is not None, "PRECISION": precision}
     scores_kernel[(m * heads,)](
         query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
-        chunks.time, chunks.per_sequence, scale, BK=width, HAS_BETA=beta is not None, num_warps=1, num_stages=1, **common)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale,
+        BK=width, HAS_BETA=beta is not None, num_warps=1, num_stages=1, **common)
     if inverse is not None:
         inverse_kernel[(m * value_heads,)](
             key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,

@@ -31,7 +31,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def halves(x):
-    """Two bfloat16 numbers whose sum is `x` to 2**-16: the leading bits cut off, which costs no rounding, and the rest."""
+    """Two bfloat16 numbers whose sum is `x` to 2**-16: its leading bits, cut off without rounding, and the rest."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 

@@ -28,7 +28,7 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    READ: tl.constexpr, SAVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """From the first chunk to the last.  READ: write the outputs.  SAVE: write R and the states at the chunks' entries."""
+    """From the first chunk to the last.  READ: write the outputs.  SAVE: write R and the chunks' entry states."""
     tiles = tl.cdiv(V, BV)
     tile = tl.program_id(0) % tiles
     value_head = (tl.program_id(0) // tiles) % HV
@@ -195,7 +195,7 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
 
 def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *,
                    initial_state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V] (the value itself without an inverse)."""
+    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V] (the value without an inverse)."""
     _, value_heads, k, v = _sizes(key, value).values()
     states = key.new_empty(chunks.count, value_heads, v, k)
     innovation = value if prepared.inverse is None else torch.empty_like(value)
@@ -204,8 +204,8 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
 
 
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None, initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Transposed gradients of the chunks' exit states [M, HV, V, K], of the values, and of the initial state if asked."""
+                 d_final_state: Tensor | None, initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Transposed gradients of the chunks' exit states [M, HV, V, K], of the values and, if asked, the initial state."""
     _, value_heads, k, v = _sizes(key, d_output).values()
     exit_gradients = key.new_empty(chunks.count, value_heads, v, k)
     d_value = torch.empty_like(d_output)
