@@ -163,6 +163,23 @@ def test_autocast_does_not_touch_the_arithmetic(model, dtype):
         assert relative_error(got, expected[name]) < max(tolerance, 1e-4), name
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_autocast_changes_nothing_for_inputs_of_its_dtype(model, dtype):
+    """The same bits with and without, states and gradients too: no product inside is taken in the narrow dtype."""
+
+    def run(enabled):
+        tensors = require_grad(round_inputs(model.inputs(SIZES), dtype, keep=("beta", "log_decay")))
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            result = model(tensors, return_final_state=True)
+            grads = gradients([result.output.float(), result.final_state], tensors)
+        return {"output": result.output, "final state": result.final_state, **grads}
+
+    inside, outside = run(True), run(False)
+    for name, wanted in outside.items():
+        assert torch.equal(inside[name], wanted), name
+
+
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_autocast_takes_what_layers_hand_over(model):
     """Projections in bfloat16 beside float32 gates, as autocast leaves them, forward and backward."""
