@@ -11,37 +11,61 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallelflow import torch_backend
 from parallelflow.problem import Inputs, Traits, sizes_of
-from parallelflow.torch_backend import Plan, backward, carry_count, forward
+from parallelflow.torch_backend import Plan, carry_count
 
 SLOTS = len(Inputs._fields)
 
 
 class Setting(NamedTuple):
-    """All that is not a differentiable tensor."""
+    """All that is not a differentiable tensor; ``backend`` is ``torch``, or a tier of the kernels."""
 
     traits: Traits
     plan: Plan
     sequence_starts: list[int] | None
+    backend: str
+
+    def forward(self, inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Output, final states, and what the backward pass starts from."""
+        if self.backend == "torch":
+            output, final, carries = torch_backend.forward(inputs, self.traits, self.plan, self.sequence_starts)
+            return output, final, [carries]
+        from parallelflow.kernels import backend
+
+        return backend.forward(inputs, self.traits, self.sequence_starts, self.backend, keep)
+
+    def backward(self, inputs: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor) -> Inputs:
+        """Gradients of all inputs."""
+        if self.backend == "torch":
+            parts = (saved[0], d_output, d_final)
+            return torch_backend.backward(inputs, self.traits, self.plan, self.sequence_starts, *parts)
+        from parallelflow.kernels import backend
+
+        return backend.backward(
+            inputs, self.traits, self.sequence_starts, self.backend, saved, d_output, d_final
+        )  # fmt: skip
 
 
 class _Flow(torch.autograd.Function):
-    """``(setting, *inputs) -> (output, final_state, saved)``."""
+    """``(setting, *inputs) -> (output, final_state, *saved)``."""
 
     @staticmethod
-    def forward(setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return forward(Inputs(*inputs), *setting)  # type: ignore[arg-type]
+    def forward(setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        output, final, saved = setting.forward(Inputs(*inputs), keep=True)  # type: ignore[arg-type]
+        return output, final, *saved
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.setting, tensors = inputs[0], inputs[1:]
-        ctx.save_for_backward(output[2], *tensors)
-        ctx.mark_non_differentiable(output[2])
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.setting, ctx.saved_count = inputs[0], len(output) - 2
+        ctx.save_for_backward(*output[2:], *inputs[1:])
+        ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
-        saved, *inputs = ctx.saved_tensors
-        gradients = iter(_FlowBackward.apply(ctx.setting, saved, d_output, d_final, *inputs))
+    def backward(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Tensor) -> tuple:
+        count, inputs = ctx.saved_count, ctx.saved_tensors[ctx.saved_count :]
+        found = _FlowBackward.apply(ctx.setting, count, *ctx.saved_tensors[:count], d_output, d_final, *inputs)
+        gradients = iter(found)
         return None, *(None if tensor is None else next(gradients) for tensor in inputs)
 
     @staticmethod
@@ -54,71 +78,62 @@ class _Flow(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, setting: Setting, *inputs: Tensor | None) -> tuple[tuple, tuple]:
         if setting.sequence_starts is not None:
             results = [_Flow.apply(setting, *_pick(inputs, in_dims[1:], n)) for n in range(info.batch_size)]
-            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
+            stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return stacked, (0,) * len(stacked)
         # What is saved belongs to the merged batch, and goes back to it as it is.
-        output, final, saved = _Flow.apply(setting, *_merge(inputs, in_dims[1:], info.batch_size))
-        return (*_unmerge((output, final), info.batch_size), saved), (0, 0, None)
+        output, final, *saved = _Flow.apply(setting, *_merge(inputs, in_dims[1:], info.batch_size))
+        return (*_unmerge((output, final), info.batch_size), *saved), (0, 0, *(None for _ in saved))
 
 
 class _FlowBackward(torch.autograd.Function):
-    """``(setting, saved, d_output, d_final, *inputs) ->`` the gradients of the inputs that are not None."""
+    """``(setting, count, *saved, d_output, d_final, *inputs) ->`` the gradients of the inputs that are not None."""
 
     @staticmethod
-    def forward(
-        setting: Setting, saved: Tensor, d_output: Tensor, d_final: Tensor, *inputs: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        gradients = backward(Inputs(*inputs), *setting, saved, d_output, d_final)  # type: ignore[arg-type]
+    def forward(setting: Setting, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        saved, (d_output, d_final, *inputs) = list(tensors[:count]), tensors[count:]
+        gradients = setting.backward(Inputs(*inputs), saved, d_output, d_final)  # type: ignore[arg-type]
         return tuple(gradient for gradient in gradients if gradient is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.setting = inputs[0]
-        ctx.save_for_backward(*inputs[2:])
+        ctx.setting, ctx.count = inputs[:2]
+        ctx.save_for_backward(*inputs[2 + ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         d_output, d_final, *inputs = ctx.saved_tensors
+        setting = ctx.setting
         present = [slot for slot, tensor in enumerate(inputs) if tensor is not None]
 
         def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            """The plain forward pass, which autograd differentiates."""
             filled: list[Tensor | None] = [None] * len(inputs)
             for slot, tensor in zip(present, tensors, strict=True):
                 filled[slot] = tensor
-            return forward(Inputs(*filled), *ctx.setting)[:2]  # type: ignore[arg-type]
+            plain = (setting.traits, setting.plan, setting.sequence_starts)
+            return torch_backend.forward(Inputs(*filled), *plain)[:2]  # type: ignore[arg-type]
 
         def pull(d_output: Tensor, d_final: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(run, *tensors)[1]((d_output, d_final))
+            found: Any = torch.func.vjp(run, *tensors)
+            return found[1]((d_output, d_final))
 
-        _, pull_twice = torch.func.vjp(pull, d_output, d_final, *(inputs[slot] for slot in present))
-        dd_output, dd_final, *gradients = pull_twice(cotangents)
+        twice: Any = torch.func.vjp(pull, d_output, d_final, *(inputs[slot] for slot in present))
+        dd_output, dd_final, *gradients = twice[1](cotangents)
         filled = [None] * len(inputs)
         for slot, gradient in zip(present, gradients, strict=True):
             filled[slot] = gradient
-        return None, None, dd_output, dd_final, *filled
+        return None, None, *(None for _ in range(ctx.count)), dd_output, dd_final, *filled
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple,
-        setting: Setting,
-        saved: Tensor,
-        d_output: Tensor,
-        d_final: Tensor,
-        *inputs: Tensor | None,
-    ) -> tuple[tuple, tuple]:
-        size = info.batch_size
-        tensors = (d_output, d_final, *inputs)
+    def vmap(info: Any, in_dims: tuple, setting: Setting, count: int, *tensors: Tensor | None) -> tuple[tuple, tuple]:
+        dims = in_dims[2:]
         if setting.sequence_starts is not None:
-            results = [
-                _FlowBackward.apply(
-                    setting, *_pick((saved,), in_dims[1:2], n), *_pick(tensors, in_dims[2:], n)
-                )
-                for n in range(size)
-            ]  # fmt: skip
-            stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            every = [_FlowBackward.apply(setting, count, *_pick(tensors, dims, n)) for n in range(info.batch_size)]
+            stacked = tuple(torch.stack(parts) for parts in zip(*every, strict=True))
             return stacked, (0,) * len(stacked)
-        gradients = _FlowBackward.apply(setting, saved, *_merge(tensors, in_dims[2:], size))
-        return _unmerge(gradients, size), (0,) * len(gradients)
+        merged = _merge(tensors[count:], dims[count:], info.batch_size)
+        gradients = _FlowBackward.apply(setting, count, *tensors[:count], *merged)
+        return _unmerge(gradients, info.batch_size), (0,) * len(gradients)
 
 
 def _pick(tensors: tuple, dims: tuple, number: int) -> list[Tensor | None]:
@@ -154,22 +169,25 @@ class _Code(NamedTuple):
     positions: list[int]
     lone_positions: list[int]
     scale: float | None
-    solver: str
-    aggregate: str
+    names: str
 
     @staticmethod
-    def of(traits: Traits, plan: Plan) -> _Code:
-        flags = [traits.sequential, traits.raw, traits.read_sign, traits.value_sign, traits.lone_sign, plan.chunk_size]
-        flags = [int(flag) for flag in flags]
-        positions = list(traits.positions), list(traits.lone_positions)
-        return _Code(flags, *positions, traits.scale, plan.solver, plan.aggregate)
+    def of(setting: Setting) -> _Code:
+        traits, plan = setting.traits, setting.plan
+        signs = [traits.read_sign, traits.value_sign, traits.lone_sign]
+        flags = [int(traits.sequential), int(traits.raw), int(traits.tied), *signs, plan.chunk_size]
+        names = f"{plan.solver} {plan.aggregate} {setting.backend}"
+        return _Code(flags, list(traits.positions), list(traits.lone_positions), traits.scale, names)
 
     def setting(self, cu_seqlens: Tensor | None) -> Setting:
-        sequential, raw, *signs, chunk_size = self.flags
-        positions = tuple(self.positions), tuple(self.lone_positions)
-        traits = Traits(bool(sequential), bool(raw), *positions, *signs, self.scale)
+        sequential, raw, tied, read_sign, value_sign, lone_sign, chunk_size = self.flags
+        traits = Traits(
+            bool(sequential), bool(raw), tuple(self.positions), tuple(self.lone_positions),
+            read_sign, value_sign, lone_sign, bool(tied), self.scale,
+        )  # fmt: skip
+        solver, aggregate, backend = self.names.split()
         starts = None if cu_seqlens is None else cu_seqlens.tolist()
-        return Setting(traits, Plan(chunk_size, self.solver, self.aggregate), starts)
+        return Setting(traits, Plan(chunk_size, solver, aggregate), starts, backend)
 
 
 @torch.library.custom_op("parallelflow::integrate", mutates_args=())
@@ -190,32 +208,30 @@ def _integrate(
     positions: list[int],
     lone_positions: list[int],
     scale: float | None,
-    solver: str,
-    aggregate: str,
+    names: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(
         query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
         log_decay, initial_state,
     )  # fmt: skip
-    code = _Code(flags, positions, lone_positions, scale, solver, aggregate)
-    output, final, saved = forward(inputs, *code.setting(cu_seqlens))
-    if initial_state is not None and final.untyped_storage().data_ptr() == initial_state.untyped_storage().data_ptr():
-        final = final.clone()  # an operator's results must not be its inputs
-    return output, final, saved
+    code = _Code(flags, positions, lone_positions, scale, names)
+    output, final, saved = code.setting(cu_seqlens).forward(inputs, keep=False)
+    return output, final, saved[0] if saved else query.new_empty(0)
 
 
 @_integrate.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
     inputs, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
-    query, plan = inputs.query, _Code(*arguments[SLOTS + 1 :]).setting(None).plan
-    heads, value_heads, key_dim, value_dim, dtype = sizes_of(inputs)
+    query, (_, plan, _, backend) = inputs.query, _Code(*arguments[SLOTS + 1 :]).setting(None)
+    _, value_heads, key_dim, value_dim, dtype = sizes_of(inputs)
     batch, time = query.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        query.new_empty(batch, time, value_heads, value_dim),
-        query.new_empty(sequences, value_heads, key_dim, value_dim, dtype=dtype),
-        query.new_empty(carry_count(plan, value_heads, time), batch, value_heads, key_dim, value_dim, dtype=dtype),
-    )
+    state = (value_heads, key_dim, value_dim)
+    saved = query.new_empty(0)  # kernels make theirs again
+    if backend == "torch":
+        saved = query.new_empty(carry_count(plan, value_heads, time), batch, *state, dtype=dtype)
+    output = query.new_empty(batch, time, value_heads, value_dim)
+    return output, query.new_empty(sequences, *state, dtype=dtype), saved
 
 
 @torch.library.custom_op("parallelflow::integrate_backward", mutates_args=())
@@ -230,15 +246,15 @@ def _integrate_backward(
     positions: list[int],
     lone_positions: list[int],
     scale: float | None,
-    solver: str,
-    aggregate: str,
+    names: str,
 ) -> list[Tensor]:
-    code = _Code(flags, positions, lone_positions, scale, solver, aggregate)
+    code = _Code(flags, positions, lone_positions, scale, names)
     filled: list[Tensor | None] = [None] * SLOTS
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
     full = Inputs(*filled)  # type: ignore[arg-type]
-    gradients = backward(full, *code.setting(cu_seqlens), saved, d_output, d_final)
+    kept = [saved] if saved.numel() else []
+    gradients = code.setting(cu_seqlens).backward(full, kept, d_output, d_final)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
@@ -266,12 +282,10 @@ def _pull(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
 torch.library.register_autograd("parallelflow::integrate", _pull, setup_context=_setup)
 
 
-def run(
-    inputs: Inputs, traits: Traits, plan: Plan, sequence_starts: list[int] | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def run(inputs: Inputs, setting: Setting, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output and final states, differentiable."""
     if torch.compiler.is_compiling():
-        output, final, _ = _integrate(*inputs, cu_seqlens, *_Code.of(traits, plan))
+        output, final, _ = _integrate(*inputs, cu_seqlens, *_Code.of(setting))
     else:
-        output, final, _ = _Flow.apply(Setting(traits, plan, sequence_starts), *inputs)
+        output, final, *_ = _Flow.apply(setting, *inputs)
     return output, final

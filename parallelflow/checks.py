@@ -45,13 +45,20 @@ def expect_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """ValueError unless ``value`` is one of the choices."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: got {value!r}, expected one of {known}{nearest(value, choices)}")
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:
     """'; did you mean …?' where one of the choices is close, else nothing."""
     close = difflib.get_close_matches(str(word), list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def expect_number(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
 
 
 def expect_positive_integer(name: str, value: object) -> None:
@@ -63,21 +70,29 @@ def expect_positive_integer(name: str, value: object) -> None:
 
 
 def check_layouts(**tensors: tuple[Tensor | None, str]) -> None:
-    """Every tensor against its layout, such as ``"B T H K"``: a letter stands for one size throughout, bound where it is
-    first met; ``"H|HV"`` is either. None is skipped.
+    """Every tensor against its layout, such as ``"B T H K"``: a letter stands for one size throughout, bound where it
+    is first met; ``"H|HV"`` is either; a layout that ends in ``"?"`` may be absent (None). All on the first one's
+    device.
 
     Raises:
         TypeError: for what is not a floating-point tensor.
-        ValueError: for a wrong number of axes or a size that differs, naming the argument.
+        ValueError: for a wrong number of axes, a size or a device that differs, naming the argument.
     """
     sizes: dict[str, int] = {}
+    first = ""
+    device = None
     for name, (tensor, layout) in tensors.items():
-        if tensor is None:
+        if tensor is None and layout.endswith("?"):
             continue
         expect_floating(name, tensor)
-        letters = layout.split()
+        assert tensor is not None
+        letters = layout.removesuffix("?").split()
         shown = f"[{', '.join(letters)}]"
         expect_rank(name, tensor, shown, len(letters))
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected the {first}'s, {device}")
         for letter, size in zip(letters, tensor.shape, strict=True):
             choices = letter.split("|")
             if len(choices) == 1:

@@ -50,7 +50,9 @@ class Flow(NamedTuple):
             transition = second * first
         return Flow(transition, later.apply(self.source))
 
-    def __getitem__(self, index) -> Flow:  # type: ignore[override]
+    def take(self, places: list[int]) -> Flow:
+        """The flows at some places of the first axis."""
+        index = _index(places, self.source.device)
         return Flow(self.transition[index], self.source[index])
 
     @staticmethod
@@ -70,33 +72,30 @@ def compose(first: Flow, second: Flow) -> Flow:
 def entry_states(flows: Flow, lanes: Lanes, initial: Tensor) -> tuple[Tensor, Tensor]:
     """The state before each flow, and after the last one, of every lane: an exclusive scan in log depth.
 
-    ``flows`` holds M flows along its first axis, ``lanes`` says which runs of them follow one another, ``initial``
-    ``[lanes, ..., K, V]`` is each lane's entry. Neighbours are composed in pairs, the half as long problem is solved,
-    and the states between are filled in: 2M compositions and applications in 2 log2(longest lane) dependent stages.
-    Lanes are never mixed, so a NaN in one stays there.
+    ``flows`` holds M flows on the axis of ``lanes``; ``initial [lanes, ..., K, V]`` is each lane's entry, in order.
+    Neighbours are composed in pairs, the half as long problem is solved, and the states between are filled in: 2M
+    compositions and applications in 2 log2(longest lane) dependent stages. Lanes are never mixed, so a NaN in one
+    stays there.
 
     Returns ``(entries [M, ..., K, V], final [lanes, ..., K, V])``.
     """
-    if max(lanes.lengths) == 1:
-        return initial, flows.apply(initial)
     device = initial.device
-    first, second, alone = lanes.pairs()
-    pairs = compose(flows[_index(first, device)], flows[_index(second, device)])
-    halved, order = lanes.halve()
-    if alone:
-        leftover = flows[_index(alone, device)]
-        both = Flow(
-            torch.cat((pairs.transition, leftover.transition)),
-            torch.cat((pairs.source, leftover.source)),
-        )
-        pairs = both[_index(order, device)]
+    if lanes.steps == 1:
+        return initial, flows.apply(initial)
+    halved, first, second, alone = lanes.halve()
+    pairs = compose(flows.take(first), flows.take(second))
+    heads = first
+    if alone:  # put the unpaired back among the pairs, in the order of their places
+        lone = flows.take(alone)
+        pairs = Flow(torch.cat((pairs.transition, lone.transition)), torch.cat((pairs.source, lone.source)))
+        heads = first + alone
+        order = sorted(range(len(heads)), key=heads.__getitem__)
+        pairs, heads = pairs.take(order), [heads[place] for place in order]
     evens, final = entry_states(pairs, halved, initial)
-    heads = _index(lanes.heads(), device)  # the flows that start a pair or stand alone, in order
-    partners = _index([position for position, paired in enumerate(lanes.has_partner()) if paired], device)
-    odds = flows[_index(first, device)].apply(evens[partners])
+    rank = {place: position for position, place in enumerate(heads)}
+    odds = flows.take(first).apply(evens[_index([rank[place] for place in first], device)])
     entries = torch.cat((evens, odds))
-    places = torch.cat((heads, _index(second, device)))
-    return entries[torch.argsort(places)], final
+    return entries[torch.argsort(_index(heads + second, device))], final
 
 
 def _act(transition: Tensor, state: Tensor, rank: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Every model as a function of its tensors: a driver, integrated.
 
 All take ``query, key [B, T, H, K]`` and ``value [B, T, HV, V]`` (HV a multiple of H: value head h reads key head
-``h // (HV // H)``) and return ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``. ``**options`` are those of
+``h // (HV // H)``) and return ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``. ``**options`` are of
 ``Options``: ``integrate``'s, and ``normalize_query_key``, which divides query and keys by their norm,
 ``x · rsqrt(Σ x² + 1e-6)``. Log-decays are natural and ≤ 0; -inf resets the state.
 """
@@ -19,6 +19,7 @@ from parallelflow.checks import check_layouts, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
 from parallelflow.integrate import Result, ResultWithStates, integrate
+from parallelflow.problem import autocast_dtype, without_autocast
 
 
 class Options(IntegrateOptions, total=False):
@@ -27,24 +28,32 @@ class Options(IntegrateOptions, total=False):
     normalize_query_key: bool
 
 
+OPTION_NAMES = sorted({*IntegrateOptions.__annotations__, *Options.__annotations__})
+
+
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalize: bool = False, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
     """``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t)`` with ``z_t = Σ_{s≤t} k_s`` (0 where ``z_tᵀ q_t`` is 0), which is carried
-    as one more value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
+    With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t)`` (0 where the divisor is 0) with ``z_t = Σ_{s≤t} k_s``, which is
+    carried as one more value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
     Source: Katharopoulos, Vyas, Pappas and Fleuret 2020, arXiv 2006.16236.
     """
     check_layouts(query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"))
-    query, key = _prepare(query, key, options)
+    query, key, rest = _prepare(query, key, options)
     if not normalize:
-        return integrate(drivers.linear_attention(key, value), query, **options)
-    wide = torch.promote_types(query.dtype, torch.float32)  # the quotient is rounded once, at the end
-    driver = drivers.linear_attention(key.to(wide), pad(value.to(wide), (0, 1), value=1.0))
-    result = integrate(driver, query.to(wide), **options)
+        return integrate(drivers.linear_attention(key, value), query, **rest)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected the query's, {query.dtype}")
+    dtype = autocast_dtype(query)
+    wide = torch.promote_types(dtype, torch.float32)  # the quotient is rounded once, at the end
+    query, key, value = (tensor.to(dtype).to(wide) for tensor in (query, key, value))
+    with without_autocast(query.device):
+        result = integrate(drivers.linear_attention(key, pad(value, (0, 1), value=1.0)), query, **rest)
     numerator, denominator = result.output[..., :-1], result.output[..., -1:]
-    return result._replace(output=(numerator / torch.where(denominator == 0, 1, denominator)).to(value.dtype))
+    return result._replace(output=(numerator / torch.where(denominator == 0, 1, denominator)).to(dtype))
 
 
 def retention(
@@ -57,8 +66,8 @@ def retention(
     check_layouts(
         query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "HV")
     )
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.retention(key, value, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.retention(key, value, log_decay), query, **rest)
 
 
 def lightning_attention(
@@ -71,8 +80,8 @@ def lightning_attention(
     check_layouts(
         query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "HV")
     )
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.lightning_attention(key, value, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.lightning_attention(key, value, log_decay), query, **rest)
 
 
 def ssd(
@@ -86,8 +95,8 @@ def ssd(
     check_layouts(
         query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "B T HV")
     )
-    query, key = _prepare(query, key, options, scale=1.0)
-    return integrate(drivers.ssd(key, value, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options, scale=1.0)
+    return integrate(drivers.ssd(key, value, log_decay), query, **rest)
 
 
 def gated_linear_attention(
@@ -100,8 +109,8 @@ def gated_linear_attention(
     check_layouts(
         query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), log_decay=(log_decay, "B T HV K")
     )
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.gated_linear_attention(key, value, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.gated_linear_attention(key, value, log_decay), query, **rest)
 
 
 def delta_rule(
@@ -112,8 +121,8 @@ def delta_rule(
     Source: DeltaNet, Yang, Wang, Zhang, Shen and Kim 2024, arXiv 2406.06484.
     """
     _check_delta(query, key, value, beta)
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.delta_rule(key, value, beta), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.delta_rule(key, value, beta), query, **rest)
 
 
 def gated_delta_rule(
@@ -125,8 +134,8 @@ def gated_delta_rule(
     Source: Gated DeltaNet, Yang, Kautz and Hatamizadeh 2025, arXiv 2412.06464.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"))
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.gated_delta_rule(key, value, beta, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.gated_delta_rule(key, value, beta, log_decay), query, **rest)
 
 
 def gated_delta_rule_2(
@@ -151,8 +160,8 @@ def gated_delta_rule_2(
         write=(write, "B T HV V"),
         log_decay=(log_decay, "B T HV K"),
     )
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.gated_delta_rule_2(key, value, erase, write, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.gated_delta_rule_2(key, value, erase, write, log_decay), query, **rest)
 
 
 def kimi_delta_attention(
@@ -164,8 +173,8 @@ def kimi_delta_attention(
     Source: Kimi Linear, Kimi Team 2025, arXiv 2510.26692.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV K"))
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.kimi_delta_attention(key, value, beta, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.kimi_delta_attention(key, value, beta, log_decay), query, **rest)
 
 
 def comba(
@@ -180,14 +189,15 @@ def comba(
 ) -> Result | ResultWithStates:
     """``S_t = e^{g_t} S_{t-1} - β_t k_t p_tᵀ S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p) ``[B, T, H, K]``, which ``normalize_query_key`` normalises too.
+    ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p) ``[B, T, H, K]``, normalised like the key by
+    ``normalize_query_key``.
     Source: Comba, Hu, Pan et al. 2025, arXiv 2506.02475, as its published kernels compute it.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"), removal_key=(removal_key, "B T H K"))
     if options.get("normalize_query_key"):
         removal_key = _normalized(removal_key)
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.comba(key, value, beta, log_decay, removal_key), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.comba(key, value, beta, log_decay, removal_key), query, **rest)
 
 
 def delta_product(
@@ -198,9 +208,10 @@ def delta_product(
     log_decay: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Result | ResultWithStates:
-    """``S ← e^{g_t} S``, then for j = 1 … R ``S ← (I - β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ``; ``o_t = scale · S_tᵀ q_t``.
+    """``S ← e^{g_t} S``, then for j = 1 … R ``S ← (I - β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ``.
 
-    ``key [B, T, R, H, K]``, ``value [B, T, R, HV, V]``, ``beta [B, T, R, HV]``, ``log_decay [B, T, HV]`` or None.
+    ``o_t = scale · S_tᵀ q_t``, read after the token's last step. ``key [B, T, R, H, K]``,
+    ``value [B, T, R, HV, V]``, ``beta [B, T, R, HV]``, ``log_decay [B, T, HV]`` or None.
     Source: DeltaProduct, Siems et al. 2025, arXiv 2502.10297.
     """
     check_layouts(
@@ -208,10 +219,10 @@ def delta_product(
         key=(key, "B T R H K"),
         value=(value, "B T R HV V"),
         beta=(beta, "B T R HV"),
-        log_decay=(log_decay, "B T HV"),
+        log_decay=(log_decay, "B T HV?"),
     )
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.delta_product(key, value, beta, log_decay), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.delta_product(key, value, beta, log_decay), query, **rest)
 
 
 def rwkv7(
@@ -237,8 +248,8 @@ def rwkv7(
         read=(read, "B T HV K"),
         write=(write, "B T HV K"),
     )
-    query, key = _prepare(query, key, options, scale=1.0)
-    return integrate(drivers.rwkv7(key, value, log_decay, read, write), query, **options)
+    query, key, rest = _prepare(query, key, options, scale=1.0)
+    return integrate(drivers.rwkv7(key, value, log_decay, read, write), query, **rest)
 
 
 def longhorn(
@@ -249,8 +260,8 @@ def longhorn(
     Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
     """
     _check_delta(query, key, value, beta)
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.longhorn(key, value, beta), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.longhorn(key, value, beta), query, **rest)
 
 
 def efla(
@@ -261,8 +272,8 @@ def efla(
     Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
     """
     _check_delta(query, key, value, beta)
-    query, key = _prepare(query, key, options)
-    return integrate(drivers.efla(key, value, beta), query, **options)
+    query, key, rest = _prepare(query, key, options)
+    return integrate(drivers.efla(key, value, beta), query, **rest)
 
 
 def low_rank_flow(
@@ -278,9 +289,9 @@ def low_rank_flow(
 ) -> Result | ResultWithStates:
     """``S ← diag(e^{g_t}) S``, then ``S ← S + Σ_j b_tj (a_tjᵀ S + u_tjᵀ)``; ``o_t = scale · S_tᵀ q_t``.
 
-    ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``, ``log_decay`` None, ``[B, T, HV]``
-    or ``[B, T, HV, K]``; ``order`` "simultaneous" or "sequential", ``reads`` "decayed" or "raw". There is no key to
-    normalise: ``normalize_query_key`` raises.
+    ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``, ``log_decay`` None,
+    ``[B, T, HV]`` or ``[B, T, HV, K]``; ``order`` "simultaneous" or "sequential", ``reads`` "decayed" or
+    "raw". There is no key to normalise: ``normalize_query_key`` raises.
     Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 3.
     """
     check_layouts(
@@ -288,12 +299,12 @@ def low_rank_flow(
         value=(value, "B T R HV V"),
         read=(read, "B T R H|HV K"),
         write=(write, "B T R H|HV K"),
-        log_decay=(log_decay, "B T HV" if log_decay is None or log_decay.ndim == 3 else "B T HV K"),
+        log_decay=(log_decay, "B T HV K?" if getattr(log_decay, "ndim", 3) == 4 else "B T HV?"),
     )
     if options.get("normalize_query_key"):
         raise ValueError("normalize_query_key: got True, expected False: low_rank_flow has no key")
-    query, _ = _prepare(query, query, options)
-    return integrate(drivers.low_rank_flow(value, log_decay, read, write, order, reads), query, **options)
+    query, _, rest = _prepare(query, query, options)
+    return integrate(drivers.low_rank_flow(value, log_decay, read, write, order, reads), query, **rest)
 
 
 def _check_delta(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **more: tuple[Tensor, str]) -> None:
@@ -302,17 +313,20 @@ def _check_delta(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **more
     )
 
 
-def _prepare(query: Tensor, key: Tensor, options: Any, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def _prepare(
+    query: Tensor, key: Tensor, options: Options, scale: float | None = None
+) -> tuple[Tensor, Tensor, IntegrateOptions]:
     """Refuses unknown options, takes those that are not ``integrate``'s, and sets the model's default scale."""
     for name in options:
-        if name not in Options.__annotations__:
-            known = sorted(Options.__annotations__)
-            raise TypeError(f"{name}: unknown option{nearest(name, known)}; the options are {', '.join(known)}")
-    if scale is not None and options.get("scale") is None:
-        options["scale"] = scale
-    if options.pop("normalize_query_key", False):
-        return _normalized(query), _normalized(key)
-    return query, key
+        if name not in OPTION_NAMES:
+            known = ", ".join(OPTION_NAMES)
+            raise TypeError(f"{name}: unknown option{nearest(name, OPTION_NAMES)}; the options are {known}")
+    rest: Any = dict(options)
+    if rest.get("scale") is None:
+        rest["scale"] = scale
+    if rest.pop("normalize_query_key", False):
+        query, key = _normalized(query), _normalized(key)
+    return query, key, rest
 
 
 def _normalized(vectors: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypedDict
@@ -10,15 +12,15 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
-from parallelflow.autograd import run
-from parallelflow.checks import expect_choice, expect_positive_integer, expect_tensor, show
+from parallelflow.autograd import Setting, run
+from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
-from parallelflow.problem import Inputs, Traits, canonical, sizes_of
+from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical
 from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton", "hopper")
 
 
 class Result(NamedTuple):
@@ -47,7 +49,7 @@ class Options(TypedDict, total=False):
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
     aggregate: Literal["sequential", "associative", "segmented"]
-    backend: Literal["auto", "torch"]
+    backend: Literal["auto", "torch", "triton", "hopper"]
     state_positions: Sequence[int] | None
     validate: bool | None
 
@@ -82,7 +84,10 @@ def integrate(
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
         solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
-        backend: ``auto`` (the fastest that fits) or ``torch``.
+        backend: ``torch`` (anywhere), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability
+            9, 16 bits, K of 64 or 128 and V a multiple of 64), or ``auto``: ``hopper`` where it fits, else ``torch``.
+            Kernels serve one row a token, tied or only writing, with no or scalar decay, in chunks of 64 with the
+            solver ``tensor_inverse`` and the aggregate ``sequential``; forced on anything else they raise.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
             the host; None checks eagerly on the CPU only.
@@ -100,25 +105,52 @@ def integrate(
     if not isinstance(driver, LowRankDriver):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver")
     expect_positive_integer("chunk_size", chunk_size)
+    if scale is not None:
+        expect_number("scale", scale)
     expect_choice("solver", solver, SOLVERS)
     expect_choice("aggregate", aggregate, AGGREGATES)
     expect_choice("backend", backend, BACKENDS)
     if state_positions is not None:
         return _with_states(
             driver, query, state_positions, cu_seqlens, cu_seqlens_cpu, initial_state, return_final_state,
-            dict(scale=scale, chunk_size=chunk_size, solver=solver, aggregate=aggregate, backend=backend, validate=validate),
+            {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend,
+             "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
     inputs, traits = canonical(driver, query, initial_state, scale)
     checking = _may_read(query) if validate is None else validate
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
-        raise ValueError("log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)")
+        raise ValueError(
+            "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
+        )
     if query.shape[1] == 1 and cu_seqlens is None:
         output, final = advance(inputs, traits)
     else:
-        output, final = run(inputs, traits, Plan(int(chunk_size), solver, aggregate), starts, cu_seqlens)
+        plan = Plan(int(chunk_size), solver, aggregate)
+        output, final = run(inputs, Setting(traits, plan, starts, _choose(backend, inputs, traits, plan)), cu_seqlens)
     return Result(output, final if return_final_state else None)
+
+
+def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
+    """``torch``, or the tier of the kernels that runs."""
+    if backend == "torch" or (backend == "auto" and not inputs.query.is_cuda):
+        return "torch"
+    if plan != Plan(64, "tensor_inverse", "sequential"):
+        why: str | None = f"{plan}, expected chunks of 64, tensor_inverse and sequential"
+    elif importlib.util.find_spec("triton") is None:
+        why = "no Triton, expected it installed"
+    else:
+        from parallelflow.kernels.backend import hopper_fits, refusal
+
+        why = refusal(inputs, traits)
+        if why is None and backend != "triton" and not hopper_fits(inputs):
+            why = "another GPU, dtype or head size than compute capability 9, 16 bits, K of 64 or 128, V of 64, 128, …"
+    if backend == "auto":
+        return "torch" if why is not None else "hopper"
+    if why is not None:
+        raise ValueError(f"backend: got {backend!r} with {why}")
+    return backend
 
 
 def _may_read(query: Tensor) -> bool:
@@ -179,13 +211,12 @@ def _brief(numbers: list[int]) -> str:
 def _autocast(driver: LowRankDriver, query: Tensor) -> tuple[LowRankDriver, Tensor]:
     """Under autocast, float32 vectors take its dtype as the factors of a matrix product would; coefficients, decays and
     states keep theirs. Ties stay ties."""
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    expect_tensor("query", query)
+    if autocast_dtype(query) == query.dtype:
         return driver, query
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+        return tensor.to(autocast_dtype(tensor))
 
     rows = []
     for row in driver.rows:
@@ -216,7 +247,10 @@ def _with_states(
     inputs, _ = canonical(driver, query, initial_state, None)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
     time = query.shape[1]
-    places = [int(position) for position in positions]
+    try:
+        places = [operator.index(position) for position in positions]
+    except TypeError:
+        raise TypeError(f"state_positions: got {positions!r}, expected a sequence of integers") from None
     if not places:
         raise ValueError("state_positions: got none, expected at least one number of tokens")
     if any(later < earlier for earlier, later in pairwise([0, *places, time])):
@@ -245,9 +279,7 @@ def _with_states(
         else:
             inside = max(sequence for sequence, bound in enumerate(starts[:-1]) if bound < max(stop, 1))
             states.append(current[inside : inside + 1])
-    return ResultWithStates(
-        torch.cat(outputs, 1), current if return_final_state else None, torch.stack(states[:-1], 1)
-    )
+    return ResultWithStates(torch.cat(outputs, 1), current if return_final_state else None, torch.stack(states[:-1], 1))
 
 
 def _slice(driver: LowRankDriver, start: int, stop: int) -> LowRankDriver:

@@ -1,4 +1,4 @@
-"""Which chunks follow one another: runs of a flat chunk axis, one run a sequence."""
+"""Which chunks follow one another: several sequences of chunks on one flat axis, step by step."""
 
 from __future__ import annotations
 
@@ -10,119 +10,113 @@ from torch import Tensor
 
 
 class Lanes:
-    """Consecutive runs on a flat axis of chunks: lane ``i`` is ``lengths[i]`` chunks that follow one another in time.
+    """Sequences of chunks that advance together: lane ``i`` has ``lengths[i] ≥ 1`` chunks.
 
-    A regular batch of B sequences is B lanes of equal length, packed sequences are lanes of their own lengths, and a
-    lane cut in parts is simply more lanes. Every lane has at least one chunk.
+    Their chunks lie on one axis, step after step: first the first chunks of all lanes, then the second ones, and so on,
+    the longest lanes first (``order``). The chunks of a step are then one slice, for a regular batch (lanes of equal
+    length) and for packed sequences alike.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
 
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        starts, total = [], 0
-        for length in self.lengths:
-            starts.append(total)
-            total += length
-        return tuple(starts)
-
-    @property
-    def chunks(self) -> int:
-        return sum(self.lengths)
-
-    @cached_property
-    def equal(self) -> bool:
-        return min(self.lengths) == max(self.lengths)
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     @cached_property
     def order(self) -> list[int]:
-        """The lanes, longest first: those still active at a step are then a prefix."""
+        """The lanes as they lie in a step: longest first, else as given."""
         return sorted(range(len(self.lengths)), key=lambda lane: -self.lengths[lane])
 
-    def active(self, step: int) -> int:
-        """How many lanes have a chunk at ``step``."""
-        return sum(length > step for length in self.lengths)
+    @cached_property
+    def active(self) -> list[int]:
+        """How many lanes have a chunk at each step."""
+        counts = [0] * max(self.lengths)
+        for length in self.lengths:
+            counts[length - 1] += 1
+        for step in range(len(counts) - 1, 0, -1):
+            counts[step - 1] += counts[step]
+        return counts
 
-    def select(self, step: int, device: torch.device, reverse: bool = False) -> slice | Tensor:
-        """Index of the chunks at ``step`` (from the end when ``reverse``) in lane ``order``: a slice when it can be."""
-        if self.equal:
-            length = self.lengths[0]
-            return slice(length - 1 - step if reverse else step, None, length)
-        lanes = self.order[: self.active(step)]
-        offset = [self.starts[lane] + (self.lengths[lane] - 1 - step if reverse else step) for lane in lanes]
-        return torch.tensor(offset, dtype=torch.long, device=device)
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each step begins on the axis of chunks, and where the last one ends."""
+        offsets = [0]
+        for count in self.active:
+            offsets.append(offsets[-1] + count)
+        return offsets
+
+    @property
+    def steps(self) -> int:
+        return len(self.active)
+
+    @property
+    def chunks(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def regular(self) -> bool:
+        """Whether all lanes are equally long."""
+        return self.active[0] == self.active[-1]
+
+    def at(self, step: int) -> slice:
+        """The chunks of a step."""
+        return slice(self.offsets[step], self.offsets[step + 1])
 
     def sort(self, states: Tensor) -> Tensor:
-        """Per-lane rows brought into lane ``order``."""
-        return states if self.equal else states[torch.tensor(self.order, device=states.device)]
+        """One row a lane, as given, brought into ``order``."""
+        return states if self.regular else states[torch.tensor(self.order, device=states.device)]
 
     def unsort(self, states: Tensor) -> Tensor:
         """The inverse of ``sort``."""
-        return states if self.equal else states[torch.tensor(self.order, device=states.device).argsort()]
+        return states if self.regular else states[torch.tensor(self.order, device=states.device).argsort()]
 
-    def gather(self, steps: list[Tensor], reverse: bool = False) -> Tensor:
-        """What was found step by step, put back on the chunk axis."""
-        if reverse and self.equal:
-            steps = steps[::-1]
-        if self.equal:
-            return steps[0] if len(steps) == 1 else torch.stack(steps, 1).flatten(0, 1)
-        device = steps[0].device
-        places = torch.cat([self.select(step, device, reverse) for step in range(len(steps))])  # type: ignore[misc]
-        return torch.cat(steps)[places.argsort()]
-
-    def cut(self, parts: int) -> tuple[Lanes, Lanes]:
-        """Each lane in at most ``parts`` nearly equal runs: the lanes of chunks, and the lanes of the runs."""
-        runs: list[int] = []
-        counts: list[int] = []
-        for length in self.lengths:
-            count = min(parts, length)
-            runs += [length * (part + 1) // count - length * part // count for part in range(count)]
-            counts.append(count)
-        return Lanes(runs), Lanes(counts)
+    def place(self, rank: int, step: int) -> int:
+        """The chunk of the lane at ``rank`` in ``order``."""
+        return self.offsets[step] + rank
 
     def reversal(self, device: torch.device) -> Tensor:
         """Each lane's chunks from last to first: an index that is its own inverse."""
+        sorted_lengths = [self.lengths[lane] for lane in self.order]
         places = [
-            start + length - 1 - place
-            for start, length in zip(self.starts, self.lengths, strict=True)
-            for place in range(length)
+            self.place(rank, sorted_lengths[rank] - 1 - step)
+            for step, count in enumerate(self.active)
+            for rank in range(count)
         ]
         return torch.tensor(places, dtype=torch.long, device=device)
 
-    # Neighbours in pairs, for a scan in log depth.
+    def cut(self, parts: int, device: torch.device) -> tuple[Lanes, Lanes, Tensor, Tensor]:
+        """Each lane in at most ``parts`` runs of nearly equal length.
 
-    def pairs(self) -> tuple[list[int], list[int], list[int]]:
-        """Places of each pair's first and second chunk, and of the last chunks that stay alone."""
-        first, second, alone = [], [], []
-        for start, length in zip(self.starts, self.lengths, strict=True):
-            first += range(start, start + length - 1, 2)
-            second += range(start + 1, start + length, 2)
-            if length % 2:
-                alone.append(start + length - 1)
-        return first, second, alone
+        Returns the runs as lanes, the lanes of runs, where each chunk of the runs' axis lies on this one, and where
+        each run of the lanes of runs lies in the order in which the runs are given.
+        """
+        runs: list[int] = []
+        places: list[list[int]] = []  # of each run's chunks
+        counts = [min(parts, self.lengths[lane]) for lane in self.order]
+        first: list[int] = []
+        for rank, count in enumerate(counts):
+            length = self.lengths[self.order[rank]]
+            first.append(len(runs))
+            for part in range(count):
+                begin, end = length * part // count, length * (part + 1) // count
+                runs.append(end - begin)
+                places.append([self.place(rank, step) for step in range(begin, end)])
+        inner, outer = Lanes(runs), Lanes(counts)
+        chunks = [places[inner.order[rank]][step] for step, count in enumerate(inner.active) for rank in range(count)]
+        numbers = [first[outer.order[rank]] + step for step, count in enumerate(outer.active) for rank in range(count)]
+        as_index = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)  # noqa: E731
+        return inner, outer, as_index(chunks), as_index(numbers)
 
-    def heads(self) -> list[int]:
-        """Places of the chunks that start a pair or stay alone."""
-        return [
-            start + place
-            for start, length in zip(self.starts, self.lengths, strict=True)
-            for place in range(0, length, 2)
-        ]
-
-    def has_partner(self) -> list[bool]:
-        """For each of ``heads``, whether a second chunk follows it in its pair."""
-        return [place + 1 < length for length in self.lengths for place in range(0, length, 2)]
-
-    def halve(self) -> tuple[Lanes, list[int]]:
-        """The lanes of pairs, and how ``(all pairs, then all left alone)`` is ordered on their axis."""
-        paired = self.has_partner()
-        count, pair, single, order = sum(paired), 0, 0, []
-        for partner in paired:
-            if partner:
-                order.append(pair)
-                pair += 1
-            else:
-                order.append(count + single)
-                single += 1
-        return Lanes([(length + 1) // 2 for length in self.lengths]), order
+    def halve(self) -> tuple[Lanes, list[int], list[int], list[int]]:
+        """Neighbours in pairs: the lanes of pairs, the places of each pair's first and second chunk, and those of the
+        last chunks that stay alone. On the axis of pairs a step has its pairs first, then those left alone."""
+        first: list[int] = []
+        second: list[int] = []
+        alone: list[int] = []
+        for step in range(0, self.steps, 2):
+            paired = self.active[step + 1] if step + 1 < self.steps else 0
+            first += range(self.offsets[step], self.offsets[step] + paired)
+            second += range(self.offsets[step] + self.active[step], self.offsets[step] + self.active[step] + paired)
+            alone += range(self.offsets[step] + paired, self.offsets[step] + self.active[step])
+        return Lanes([(length + 1) // 2 for length in self.lengths]), first, second, alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ class Inputs(NamedTuple):
     """Everything with a gradient. Rows always have their R axis; the same tensor in two slots is a tie.
 
     ``query [B, T, H, K]``; of the rows that read: ``read``, ``write`` ``[B, T, R, H|HV, K]``, ``read_coefficient``
-    ``[B, T, R, H|HV(, K)]``, ``value [B, T, R, H|HV, V]``, ``value_coefficient [B, T, R, H|HV(, V)]``; of the rows that only
-    write: ``lone_write``, ``lone_value``, ``lone_coefficient``, likewise; ``log_decay [B, T, HV(, K)]``;
+    ``[B, T, R, H|HV(, K)]``, ``value [B, T, R, H|HV, V]``, ``value_coefficient [B, T, R, H|HV(, V)]``; of the rows that
+    only write: ``lone_write``, ``lone_value``, ``lone_coefficient``, likewise; ``log_decay [B, T, HV(, K)]``;
     ``initial_state [N, HV, K, V]``. What a driver lacks is None.
     """
 
@@ -39,7 +40,8 @@ class Inputs(NamedTuple):
 class Traits:
     """What a driver is, apart from its sizes: what a kernel is compiled for.
 
-    ``positions`` and ``lone_positions`` are each family's places in the order of a token's rows; ``scale`` None is K^-½.
+    ``positions`` and ``lone_positions`` are each family's places in the order of a token's rows; ``tied``: reads are
+    -β times the writes, beside values times the same β; ``scale`` None is K^-½.
     """
 
     sequential: bool
@@ -49,6 +51,7 @@ class Traits:
     read_sign: int
     value_sign: int
     lone_sign: int
+    tied: bool
     scale: float | None
 
     @property
@@ -70,6 +73,21 @@ class Sizes(NamedTuple):
     def groups(self) -> int:
         """Value heads a key head."""
         return self.value_heads // self.heads
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast makes of a factor of a matrix product: its dtype for float32, else what it is."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A region in which sums and products keep their dtypes."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def sizes_of(inputs: Inputs) -> Sizes:
@@ -135,8 +153,11 @@ def canonical(
         values = [row.value or Factor(row.write.new_zeros(*row.write.shape[:-2], *blank)) for row in reading]
     value, value_coefficient, value_sign = _stack(values, value_heads)
     if len(reading) == 1 and reading[0].read is not None and reading[0].value is not None:
-        if reading[0].read.coefficient is not None and reading[0].read.coefficient is reading[0].value.coefficient:
+        shared = reading[0].read.coefficient
+        if shared is not None and shared is reading[0].value.coefficient:
             value_coefficient = read_coefficient
+    tied = read is not None and write is read and read_coefficient is not None
+    tied = tied and value_coefficient is read_coefficient and (read_sign, value_sign) == (-1, 1)
     lone_write, _, _ = _stack([Factor(row.write) for row in writing], value_heads)
     lone_value, lone_coefficient, lone_sign = _stack([row.value for row in writing], value_heads)
     inputs = Inputs(
@@ -154,6 +175,7 @@ def canonical(
         read_sign=read_sign,
         value_sign=value_sign,
         lone_sign=lone_sign,
+        tied=tied,
         scale=None if scale is None else float(scale),
     )
     return inputs, traits

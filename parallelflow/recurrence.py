@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallelflow.problem import Inputs, Traits, sizes_of
+from parallelflow.problem import Inputs, Traits, sizes_of, without_autocast
 
 
 def advance(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
-    """The driver's one token (T = 1) applied to the initial state: output ``[B, 1, HV, V]`` and state ``[B, HV, K, V]``.
+    """The driver's one token (T = 1) applied to the initial state: output ``[B, 1, HV, V]``, state ``[B, HV, K, V]``.
 
     Plain differentiable operations: rows of a token that are simultaneous are one product, sequential ones a loop.
     """
@@ -24,7 +24,7 @@ def advance(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
         tensor = tensor.squeeze(1).transpose(1, 2).to(dtype)
         return tensor if tensor.shape[1] == value_heads else tensor.repeat_interleave(value_heads // tensor.shape[1], 1)
 
-    with torch.autocast(inputs.query.device.type, enabled=False):
+    with without_autocast(inputs.query.device):
         if inputs.initial_state is None:
             state = inputs.query.new_zeros((batch, value_heads, key_dim, value_dim), dtype=dtype)
         else:
@@ -59,12 +59,13 @@ def advance(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
                 new = _write(new, write[:, :, row], solve(row, new))
             else:
                 row = slice(traits.lone_positions.index(place), traits.lone_positions.index(place) + 1)
-                assert lone_write is not None and lone_value is not None
+                assert lone_write is not None
+                assert lone_value is not None
                 new = _write(new, lone_write[:, :, row], lone_value[:, :, row])
         scale = key_dim**-0.5 if traits.scale is None else traits.scale
         assert query is not None
         output = (query @ new) * scale
-        return output.transpose(1, 2).to(inputs.query.dtype), new
+        return output.transpose(1, 2).to(inputs.query.dtype), new.clone() if new is inputs.initial_state else new
 
 
 def _scaled(vectors: Tensor | None, coefficient: Tensor | None, sign: int) -> Tensor | None:
@@ -77,7 +78,8 @@ def _scaled(vectors: Tensor | None, coefficient: Tensor | None, sign: int) -> Te
 
 def _write(state: Tensor, write: Tensor | None, solution: Tensor | None) -> Tensor:
     """``S + Σ_j b_j x_jᵀ``; one row is an outer product."""
-    assert write is not None and solution is not None
+    assert write is not None
+    assert solution is not None
     if write.shape[-2] == 1:
         return torch.addcmul(state, write.transpose(-1, -2), solution)
     return state + write.transpose(-1, -2) @ solution

@@ -1,8 +1,8 @@
 """One token at a time, for decoding: every model of ``functional`` without the time axis.
 
-``query, key [B, H, K]``, ``value [B, HV, V]``, ``beta [B, HV]`` and so on (``delta_product`` keeps its R axis), and ``state
-[B, HV, K, V]``, the very state that the chunked functions take and return. Each returns ``Result(output [B, HV, V],
-final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``.
+``query, key [B, H, K]``, ``value [B, HV, V]``, ``beta [B, HV]`` and so on (``delta_product`` keeps its R axis), and
+``state [B, HV, K, V]``, the very state that the chunked functions take and return. Each returns
+``Result(output [B, HV, V], final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def _single(model: Callable[..., Any]) -> Callable[..., Result]:
                 known = sorted({*_OPTIONS, "state"})
                 raise TypeError(f"{name}: unknown option{nearest(name, known)}; the options are {', '.join(known)}")
         timed = {name: _with_time(value) if name in names else value for name, value in keywords.items()}
-        result = model(
-            *map(_with_time, tensors), initial_state=state, return_final_state=True, chunk_size=1, **timed
-        )
+        result = model(*map(_with_time, tensors), initial_state=state, return_final_state=True, chunk_size=1, **timed)
         return Result(result.output.squeeze(1), result.final_state)
 
-    step.__doc__ = f"One step of ``functional.{model.__name__}``; inputs without their time axis, ``state [B, HV, K, V]``."
+    step.__doc__ = (
+        f"One step of ``functional.{model.__name__}``: inputs without their time axis, ``state [B, HV, K, V]``."
+    )
     step.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[
             *own,

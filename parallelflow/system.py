@@ -1,7 +1,8 @@
 """The triangular systems of a window's chunks: built from the tokens, and gradients pulled back to the tokens.
 
-In the notation of THEORY, section 3: G (``gram``), Cq (``scores``), Ā (``reads``), B̂ (``writes``), Q ⊙ e^c (``queries``),
-Λ (``total``), U (``source``). Rows that only write need no place in the triangular solve: theirs are ``lone_*``.
+In the notation of THEORY, section 3: G (``gram``), Cq (``scores``), Ā (``reads``), B̂ (``writes``), Q ⊙ e^c
+(``queries``), Λ (``total``), U (``source``). Rows that only write need no place in the triangular solve: theirs is a
+family of its own, ``Lone``.
 """
 
 from __future__ import annotations
@@ -11,261 +12,247 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.decay import Decay, NoDecay, Rows, ScalarDecay, Scaled, VectorDecay, scale_rows, sum_to_heads
+from parallelflow.decay import (
+    Decay,
+    NoDecay,
+    Rows,
+    ScalarDecay,
+    Scaled,
+    VectorDecay,
+    accurate,
+    scale_rows,
+    sum_to_heads,
+    to_heads,
+)
 from parallelflow.problem import Inputs, Sizes, Traits
+from parallelflow.windows import Window
+
+
+class Reading(NamedTuple):
+    """The rows that read, n = C·R a chunk: ``gram [M, HV, n, n]`` in the accurate dtype, ``scores [M, HV, C, n]``,
+    ``source [M, HV, n, V]`` (None is 0). ``reads`` and ``writes`` of a gradient are in their dense form."""
+
+    reads: Scaled
+    writes: Scaled
+    gram: Tensor
+    scores: Tensor
+    source: Tensor | None
+
+
+class Lone(NamedTuple):
+    """The rows that only write, m = C·R a chunk: ``scores [M, HV, C, m]``, ``values [M, HV, m, V]``, and ``gram
+    [M, HV, n, m]``, how the reading rows see them (None where there are none)."""
+
+    writes: Scaled
+    scores: Tensor
+    values: Tensor
+    gram: Tensor | None
 
 
 class System(NamedTuple):
-    """What a window's chunks need to be solved, ``M`` chunks, ``n = C·R`` reading rows, ``m`` lone rows.
+    """What a window's chunks need to be solved; the same type holds the gradients of all that.
 
-    ``gram [M,H,G,n,n]``, ``gram_lone [M,H,G,n,m]``, ``scores [M,H,G,C,n]``, ``scores_lone [M,H,G,C,m]``,
-    ``source [M,H,G,n,V]``, ``lone [M,H,G,m,V]``, ``total [M,H,G]`` or ``[M,H,G,K]``. G is 1 where value heads share.
+    ``total`` is Λ, ``[M, HV]`` or ``[M, HV, K]``; of a gradient, ``diag(dS_out S_0ᵀ) [M, HV, K]``.
     """
 
     queries: Scaled
-    reads: Scaled | None
-    writes: Scaled | None
-    lone_writes: Scaled | None
-    gram: Tensor | None
-    gram_lone: Tensor | None
-    scores: Tensor | None
-    scores_lone: Tensor | None
-    source: Tensor | None
-    lone: Tensor | None
+    reading: Reading | None
+    lone: Lone | None
     total: Tensor | None
 
 
-class Cotangents(NamedTuple):
-    """Gradients of a system's parts, those of ``Scaled`` parts in their dense form ``[M, H, G, n, K]``;
-    ``total`` is ``diag(dS_out S_0ᵀ) [M, H, G, K]``."""
+class Factored:
+    """A factor as rows: ``vectors [M, heads, n, D]``, and ``sign · coefficient`` as ``scalars [M, HV, n]`` or as
+    ``channels [M, HV, n, D]``."""
 
-    queries: Tensor
-    reads: Tensor | None
-    writes: Tensor | None
-    lone_writes: Tensor | None
-    gram: Tensor | None
-    gram_lone: Tensor | None
-    scores: Tensor | None
-    scores_lone: Tensor | None
-    source: Tensor | None
-    lone: Tensor | None
-    total: Tensor
+    def __init__(
+        self, window: Window, vector: Tensor, coefficient: Tensor | None, sign: int, heads: int, dtype: torch.dtype
+    ) -> None:
+        self.sign, self.heads = sign, heads
+        self.coefficient = coefficient
+        self.vectors = window.cut(vector).to(dtype).contiguous()
+        self.scalars: Tensor | None = None
+        self.channels: Tensor | None = None
+        if coefficient is None:
+            if sign != 1:
+                self.scalars = self.vectors.new_full((1, 1, 1), sign).expand(self.vectors.shape[0], heads, -1)
+                self.scalars = self.scalars.expand(-1, -1, self.vectors.shape[2])
+            return
+        channelwise = coefficient.ndim == vector.ndim
+        rows = window.cut(coefficient if channelwise else coefficient.unsqueeze(-1)).to(dtype)
+        rows = to_heads(rows if sign == 1 else -rows, heads)
+        if channelwise:
+            self.channels = rows
+        else:
+            self.scalars = rows.squeeze(-1)
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors with a coefficient a channel multiplied in."""
+        return self.vectors if self.channels is None else to_heads(self.vectors, self.heads) * self.channels
+
+    @property
+    def values(self) -> Tensor:
+        """``[M, HV, n, D]`` with everything multiplied in."""
+        return scale_rows(self.scalars, to_heads(self.rows, self.heads))
+
+    def pull_rows(self, window: Window, d_rows: Tensor, d_scalars: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients of vector and coefficient as tokens, from those of ``rows`` and ``scalars``."""
+        d_coefficient = None
+        if self.channels is not None:
+            d_coefficient = d_rows * to_heads(self.vectors, self.heads)
+            d_rows = sum_to_heads(d_rows * self.channels, self.vectors.shape[1])
+        elif d_scalars is not None:
+            d_coefficient = d_scalars.unsqueeze(-1)
+        if self.coefficient is None or d_coefficient is None:
+            return window.join(d_rows), None
+        joined = window.join(self.sign * sum_to_heads(d_coefficient, self.coefficient.shape[3]))
+        return window.join(d_rows), joined if self.channels is not None else joined.squeeze(-1)
+
+    def pull_values(self, window: Window, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of vector and coefficient as tokens, from that of ``values``."""
+        if self.channels is not None:
+            return self.pull_rows(window, gradient, None)
+        d_scalars = None
+        if self.coefficient is not None:
+            d_scalars = (gradient * to_heads(self.vectors, self.heads)).sum(-1)
+        d_rows = sum_to_heads(scale_rows(self.scalars, gradient), self.vectors.shape[1])
+        return self.pull_rows(window, d_rows, d_scalars)
 
 
 class Chunks:
-    """A window's tokens ``[M, C, …]`` (an ``Inputs`` in the compute dtype) arranged as rows, with their decay."""
+    """A window's tokens arranged as the rows of its chunks, with their decay."""
 
-    def __init__(self, tokens: Inputs, traits: Traits, sizes: Sizes) -> None:
-        self.tokens, self.traits = tokens, traits
-        heads = sizes.heads
-        device = tokens.query.device
-        self.size = tokens.query.shape[1]
-        self.query = _rows(tokens.query.unsqueeze(2), heads)
-        self.decay = _decay(tokens.log_decay, heads, sizes.compute_dtype)
+    def __init__(self, inputs: Inputs, traits: Traits, sizes: Sizes, window: Window) -> None:
+        self.window, self.inputs, self.traits, self.sizes = window, inputs, traits, sizes
+        dtype, device = sizes.compute_dtype, inputs.query.device
 
-        self.of_query = Rows(torch.arange(self.size, device=device))
-        self.of_reads, reads_place = _places(self.size, traits.positions, traits.rank, traits.raw, device)
+        def factored(vector: Tensor | None, coefficient: Tensor | None, sign: int) -> Factored | None:
+            if vector is None:
+                return None
+            return Factored(window, vector, coefficient, sign, sizes.value_heads, dtype)
+
+        query = factored(inputs.query.unsqueeze(2), None, 1)
+        assert query is not None
+        self.query = query
+        self.decay = self._decay()
+        self.read = factored(inputs.read, inputs.read_coefficient, traits.read_sign)
+        self.write = self.read if inputs.write is inputs.read else factored(inputs.write, None, 1)
+        self.value = factored(inputs.value, inputs.value_coefficient, traits.value_sign)
+        self.lone_write = factored(inputs.lone_write, None, 1)
+        self.lone_value = factored(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
+
+        size = window.chunk_size
+        tokens = torch.arange(size, device=device)
+        self.of_query = Rows(tokens)
+        self.of_reads = Rows(tokens.repeat_interleave(len(traits.positions)), traits.raw)
         self.of_writes = self.of_reads._replace(raw=False)
-        self.of_lone, lone_place = _places(self.size, traits.lone_positions, traits.rank, False, device)
-
-        self.read, self.read_scalar, self.read_channel = _factor(
-            tokens.read, tokens.read_coefficient, traits.read_sign, heads
-        )
-        self.write = self.read if tokens.write is tokens.read else _optional_rows(tokens.write, heads)
-        self.tied = self.write is self.read
-        self.value, self.value_scalar, self.value_channel = _factor(
-            tokens.value, tokens.value_coefficient, traits.value_sign, heads
-        )
-        self.lone_write = _optional_rows(tokens.lone_write, heads)
-        self.lone_value, self.lone_scalar, self.lone_channel = _factor(
-            tokens.lone_value, tokens.lone_coefficient, traits.lone_sign, heads
-        )
-
+        self.of_lone = Rows(tokens.repeat_interleave(len(traits.lone_positions)))
         # Who precedes whom: by token, or by place in the order of all rows.
+        rows, lone = self.of_reads.tokens, self.of_lone.tokens
+        self.seen, self.lone_seen = tokens[:, None] >= rows, tokens[:, None] >= lone
         if traits.sequential:
-            self.precedes = reads_place[:, None] > reads_place[None, :]
-            self.lone_precedes = reads_place[:, None] > lone_place[None, :]
-        else:
-            self.precedes = self.of_reads.tokens[:, None] > self.of_reads.tokens[None, :]
-            self.lone_precedes = self.of_reads.tokens[:, None] > self.of_lone.tokens[None, :]
-        self.seen = self.of_query.tokens[:, None] >= self.of_reads.tokens[None, :]
-        self.lone_seen = self.of_query.tokens[:, None] >= self.of_lone.tokens[None, :]
+            rows = rows * traits.rank + torch.tensor(traits.positions, dtype=torch.long, device=device).repeat(size)
+            places = torch.tensor(traits.lone_positions, dtype=torch.long, device=device)
+            lone = lone * traits.rank + places.repeat(size)
+        self.precedes, self.lone_precedes = rows[:, None] > rows, rows[:, None] > lone
 
-    @property
-    def reading(self) -> Tensor | None:
-        """The rows' read vectors, a coefficient a channel multiplied in."""
-        return self.read if self.read_channel is None else self.read * self.read_channel
+    def _decay(self) -> Decay:
+        log_decay, dtype = self.inputs.log_decay, self.sizes.compute_dtype
+        if log_decay is None:
+            return NoDecay(self.sizes.value_heads)
+        if log_decay.ndim == 3:
+            return ScalarDecay(self.window.cut(log_decay[:, :, None, :, None]).squeeze(-1).to(dtype))
+        return VectorDecay(self.window.cut(log_decay.unsqueeze(2)).to(dtype))
 
     def system(self) -> System:
         """The chunks' systems."""
-        decay, query, read, write, lone = self.decay, self.query, self.reading, self.write, self.lone_write
-        reads = writes = lone_writes = gram = gram_lone = scores = scores_lone = None
-        if read is not None:
-            assert write is not None
-            reads = decay.from_start(self.of_reads, read, self.read_scalar)
-            writes = decay.to_end(self.of_writes, write)
-            gram = decay.gram(read, self.read_scalar, write, self.of_reads, self.of_writes, self.precedes)
-            scores = decay.gram(query, None, write, self.of_query, self.of_writes, self.seen)
-        if lone is not None:
-            lone_writes = decay.to_end(self.of_lone, lone)
-            scores_lone = decay.gram(query, None, lone, self.of_query, self.of_lone, self.lone_seen)
-            if read is not None:
-                gram_lone = decay.gram(
-                    read, self.read_scalar, lone, self.of_reads, self.of_lone, self.lone_precedes
-                )
-        return System(
-            queries=decay.from_start(self.of_query, query, None),
-            reads=reads,
-            writes=writes,
-            lone_writes=lone_writes,
-            gram=gram,
-            gram_lone=gram_lone,
-            scores=scores,
-            scores_lone=scores_lone,
-            source=_value(self.value, self.value_scalar, self.value_channel),
-            lone=_value(self.lone_value, self.lone_scalar, self.lone_channel),
-            total=decay.total(),
-        )
-
-    def pull(self, of: Cotangents) -> Inputs:
-        """Gradients of the tokens ``[M, C, …]`` from those of the system: the chain rule through ``system``."""
-        decay, query, read, write, lone = self.decay, self.query, self.reading, self.write, self.lone_write
-        d_query, _ = decay.pull_from_start(self.of_query, query, None, of.queries)
-        d_read = d_write = d_read_scalar = d_lone = None
-        if read is not None:
-            assert write is not None and of.reads is not None and of.writes is not None
-            assert of.gram is not None and of.scores is not None
-            d_read, d_read_scalar = decay.pull_from_start(self.of_reads, read, self.read_scalar, of.reads)
-            d_write = decay.pull_to_end(self.of_writes, write, of.writes)
-            left, scalar, right = decay.pull_gram(
-                read, self.read_scalar, write, self.of_reads, self.of_writes, self.precedes, of.gram
+        decay, query = self.decay, self.query.vectors
+        reading = lone = None
+        if self.read is not None:
+            assert self.write is not None
+            read, write, scalars = self.read.rows, self.write.vectors, self.read.scalars
+            reading = Reading(
+                reads=decay.from_start(self.of_reads, read, scalars),
+                writes=decay.to_end(self.of_writes, write),
+                gram=self._gram(read, scalars, write),
+                scores=decay.gram(query, None, write, self.of_query, self.of_writes, self.seen),
+                source=None if self.value is None else self.value.values,
             )
-            d_read, d_write, d_read_scalar = d_read + left, d_write + right, _add(d_read_scalar, scalar)
-            left, _, right = decay.pull_gram(query, None, write, self.of_query, self.of_writes, self.seen, of.scores)
+        if self.lone_write is not None:
+            assert self.lone_value is not None
+            write, gram = self.lone_write.vectors, None
+            if self.read is not None:
+                order = (self.of_reads, self.of_lone, self.lone_precedes)
+                gram = decay.gram(self.read.rows, self.read.scalars, write, *order)
+            lone = Lone(
+                writes=decay.to_end(self.of_lone, write),
+                scores=decay.gram(query, None, write, self.of_query, self.of_lone, self.lone_seen),
+                values=self.lone_value.values,
+                gram=gram,
+            )
+        return System(decay.from_start(self.of_query, query, None), reading, lone, decay.total())
+
+    def _gram(self, read: Tensor, scalars: Tensor | None, write: Tensor) -> Tensor:
+        """G in the accurate dtype: with β near 2 and correlated keys the entries of ``(I - G)⁻¹`` alternate and do not
+        decay, so that an error of G in float32 would be n times that of the recurrence."""
+        wide = accurate(read.device)
+        wide_scalars = None if scalars is None else scalars.to(wide)
+        order = (self.of_reads, self.of_writes, self.precedes)
+        return self.decay.gram(read.to(wide), wide_scalars, write.to(wide), *order)
+
+    def pull(self, of: System) -> Inputs:
+        """Gradients of the window's tokens, ``[B, stop - start, …]``, from those of the system."""
+        decay, window, query = self.decay, self.window, self.query.vectors
+        d_query, _ = decay.pull_from_start(self.of_query, query, None, of.queries.vectors)
+        d_read = d_read_scalars = d_write = d_lone = None
+        if of.reading is not None:
+            assert self.read is not None
+            assert self.write is not None
+            read, write, scalars = self.read.rows, self.write.vectors, self.read.scalars
+            d_read, d_read_scalars = decay.pull_from_start(self.of_reads, read, scalars, of.reading.reads.vectors)
+            d_write = decay.pull_to_end(self.of_writes, write, of.reading.writes.vectors)
+            order = (self.of_reads, self.of_writes, self.precedes)
+            left, scalar, right = decay.pull_gram(read, scalars, write, *order, of.reading.gram)
+            d_read, d_read_scalars, d_write = d_read + left, _add(d_read_scalars, scalar), d_write + right
+            order = (self.of_query, self.of_writes, self.seen)
+            left, _, right = decay.pull_gram(query, None, write, *order, of.reading.scores)
             d_query, d_write = d_query + left, d_write + right
-        if lone is not None:
-            assert of.lone_writes is not None and of.scores_lone is not None
-            d_lone = decay.pull_to_end(self.of_lone, lone, of.lone_writes)
-            left, _, right = decay.pull_gram(
-                query, None, lone, self.of_query, self.of_lone, self.lone_seen, of.scores_lone
-            )
+        if of.lone is not None:
+            assert self.lone_write is not None
+            write = self.lone_write.vectors
+            d_lone = decay.pull_to_end(self.of_lone, write, of.lone.writes.vectors)
+            order = (self.of_query, self.of_lone, self.lone_seen)
+            left, _, right = decay.pull_gram(query, None, write, *order, of.lone.scores)
             d_query, d_lone = d_query + left, d_lone + right
-            if read is not None:
-                assert d_read is not None and of.gram_lone is not None
+            if of.lone.gram is not None:
+                assert self.read is not None
+                order = (self.of_reads, self.of_lone, self.lone_precedes)
                 left, scalar, right = decay.pull_gram(
-                    read, self.read_scalar, lone, self.of_reads, self.of_lone, self.lone_precedes, of.gram_lone
-                )
-                d_read, d_lone, d_read_scalar = d_read + left, d_lone + right, _add(d_read_scalar, scalar)
-        decay.pull_total(of.total)
+                    self.read.rows, self.read.scalars, write, *order, of.lone.gram
+                )  # fmt: skip
+                d_read, d_read_scalars, d_lone = _add(d_read, left), _add(d_read_scalars, scalar), d_lone + right
+        if of.total is not None:
+            decay.pull_total(of.total)
+
+        gradients = Inputs(query=window.join(d_query).squeeze(2))
+        if self.read is not None and d_read is not None and d_write is not None:
+            read_tokens, coefficient = self.read.pull_rows(window, d_read, d_read_scalars)
+            gradients = gradients._replace(read=read_tokens, read_coefficient=coefficient, write=window.join(d_write))
+        if self.value is not None and of.reading is not None and of.reading.source is not None:
+            value, coefficient = self.value.pull_values(window, of.reading.source)
+            gradients = gradients._replace(value=value, value_coefficient=coefficient)
+        if self.lone_value is not None and of.lone is not None and d_lone is not None:
+            value, coefficient = self.lone_value.pull_values(window, of.lone.values)
+            gradients = gradients._replace(
+                lone_write=window.join(d_lone), lone_value=value, lone_coefficient=coefficient
+            )  # fmt: skip
         d_log_decay = decay.pull()
-
-        traits, size = self.traits, self.size
-        sign = traits.read_sign
-        d_read_coefficient = None
-        if self.read_channel is not None:
-            assert d_read is not None and self.read is not None
-            d_channel, d_read = sum_to_heads(d_read * self.read, self.read_channel), d_read * self.read_channel
-            d_read_coefficient = sign * _tokens(d_channel, size)
-            d_read = sum_to_heads(d_read, self.read)
-        elif d_read_scalar is not None and self.tokens.read_coefficient is not None:
-            d_read_coefficient = sign * _token_scalars(d_read_scalar, size)
-        d_value, d_value_coefficient = self._pull_value(
-            self.value, self.value_scalar, self.value_channel, traits.value_sign, of.source
-        )
-        d_lone_value, d_lone_coefficient = self._pull_value(
-            self.lone_value, self.lone_scalar, self.lone_channel, traits.lone_sign, of.lone
-        )
-        return Inputs(
-            query=_tokens(d_query, size).squeeze(2),
-            read=None if d_read is None else _tokens(d_read, size),
-            read_coefficient=d_read_coefficient,
-            write=None if d_write is None else _tokens(d_write, size),
-            value=d_value,
-            value_coefficient=d_value_coefficient,
-            lone_write=None if d_lone is None else _tokens(d_lone, size),
-            lone_value=d_lone_value,
-            lone_coefficient=d_lone_coefficient,
-            log_decay=None if d_log_decay is None else _decay_tokens(d_log_decay),
-        )
-
-
-    def _pull_value(
-        self, rows: Tensor | None, scalar: Tensor | None, channel: Tensor | None, sign: int, gradient: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Adjoint of ``_value``: gradients of the value's tokens and of its coefficient."""
-        if rows is None or gradient is None:
-            return None, None
-        if channel is not None:
-            d_channel = sum_to_heads(gradient * rows, channel)
-            d_rows = sum_to_heads(gradient * channel, rows)
-            return _tokens(d_rows, self.size), sign * _tokens(d_channel, self.size)
-        d_rows = _tokens(sum_to_heads(scale_rows(scalar, gradient), rows), self.size)
-        if scalar is None:
-            return d_rows, None
-        return d_rows, sign * _token_scalars(sum_to_heads((gradient * rows).sum(-1), scalar), self.size)
-
-
-# Tokens [M, C, R, heads, D] as rows [M, H, 1 or G, C·R, D], and back.
-
-
-def _rows(tokens: Tensor, heads: int) -> Tensor:
-    rows = tokens.permute(0, 3, 1, 2, 4)
-    rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
-    return rows.unflatten(1, (heads, -1))
-
-
-def _optional_rows(tokens: Tensor | None, heads: int) -> Tensor | None:
-    return None if tokens is None else _rows(tokens, heads)
-
-
-def _tokens(rows: Tensor, size: int) -> Tensor:
-    return rows.flatten(1, 2).unflatten(2, (size, -1)).permute(0, 2, 3, 1, 4)
-
-
-def _token_scalars(scalars: Tensor, size: int) -> Tensor:
-    return _tokens(scalars.unsqueeze(-1), size).squeeze(-1)
-
-
-def _decay_tokens(log_decay: Tensor) -> Tensor:
-    """``[M, H, G, C(, K)] -> [M, C, HV(, K)]``."""
-    return log_decay.flatten(1, 2).transpose(1, 2)
-
-
-def _decay(log_decay: Tensor | None, heads: int, dtype: torch.dtype) -> Decay:
-    if log_decay is None:
-        return NoDecay()
-    by_head = log_decay.transpose(1, 2).unflatten(1, (heads, -1))
-    return ScalarDecay(by_head, dtype) if log_decay.ndim == 3 else VectorDecay(by_head, dtype)
-
-
-def _places(size: int, positions: tuple[int, ...], rank: int, raw: bool, device: torch.device) -> tuple[Rows, Tensor]:
-    """A family's rows, and the place of each in the order of all rows of the chunk."""
-    tokens = torch.arange(size, device=device).repeat_interleave(len(positions))
-    places = torch.tensor(positions, dtype=torch.long, device=device).repeat(size)
-    return Rows(tokens, raw), tokens * rank + places
-
-
-def _factor(
-    vector: Tensor | None, coefficient: Tensor | None, sign: int, heads: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A factor's vectors as rows, and ``sign · coefficient`` as one scalar a row or one a channel."""
-    if vector is None:
-        return None, None, None
-    rows = _rows(vector, heads)
-    if coefficient is None:
-        if sign == 1:
-            return rows, None, None
-        return rows, rows.new_full((1, 1, 1, 1), -1.0).expand(rows.shape[0], 1, 1, rows.shape[3]), None
-    signed = coefficient if sign == 1 else -coefficient
-    if coefficient.ndim == vector.ndim:
-        return rows, None, _rows(signed, heads)
-    return rows, _rows(signed.unsqueeze(-1), heads).squeeze(-1), None
-
-
-def _value(rows: Tensor | None, scalar: Tensor | None, channel: Tensor | None) -> Tensor | None:
-    if rows is None:
-        return None
-    return rows * channel if channel is not None else scale_rows(scalar, rows)
+        if d_log_decay is None:
+            return gradients
+        if d_log_decay.ndim == 3:
+            return gradients._replace(log_decay=window.join(d_log_decay.unsqueeze(-1)).squeeze(-1).squeeze(2))
+        return gradients._replace(log_decay=window.join(d_log_decay).squeeze(2))
 
 
 def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:

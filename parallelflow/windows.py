@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ class Window:
     """Tokens ``start`` to ``stop`` of the line: pieces of sequences, each cut into chunks from its own start.
 
     Of a regular batch a window holds the same tokens of all ``batch`` sequences. Of packed sequences (batch 1) it holds
-    ``pieces`` one after another: the first may ``continue`` a sequence of the window before, the last may be
-    ``unfinished``. ``begins`` and ``ends`` number the sequences whose first and last tokens are here.
+    ``pieces`` one after another: the first may continue a sequence of the window before (``continued``), the last may
+    go on in the next (``unfinished``). ``begins`` and ``ends`` number the sequences whose first and last tokens are
+    here.
     """
 
     start: int
@@ -37,35 +39,37 @@ class Window:
         """The chunks of each piece, for every sequence of the batch."""
         return Lanes([-(-piece // self.chunk_size) for piece in self.pieces] * self.batch)
 
-    @cached_property
-    def _aligned(self) -> bool:
-        return len(self.pieces) == 1
-
     def _places(self, device: torch.device) -> Tensor:
-        """Where each token of the window stands on the axis of padded chunks."""
-        places, chunk = [], 0
-        for piece in self.pieces:
-            places.append(torch.arange(piece, device=device) + chunk * self.chunk_size)
-            chunk += -(-piece // self.chunk_size)
+        """Where each token of packed pieces stands on the axis of the chunks' tokens."""
+        lanes, places = self.lanes, []
+        rank = {lane: rank for rank, lane in enumerate(lanes.order)}
+        offsets = torch.tensor(lanes.offsets, device=device)
+        for lane, piece in enumerate(self.pieces):
+            tokens = torch.arange(piece, device=device)
+            chunk = offsets[tokens // self.chunk_size] + rank[lane]
+            places.append(chunk * self.chunk_size + tokens % self.chunk_size)
         return torch.cat(places)
 
     def cut(self, line: Tensor) -> Tensor:
-        """``[B, T, …] -> [M, C, …]``: this window's tokens in chunks, the ends of pieces filled with zeros."""
+        """``[B, T, R, heads, D] -> [M, heads, C·R, D]``: this window's tokens as the rows of its chunks (on the axis of
+        ``lanes``), the ends of pieces filled with zeros."""
         tokens = line[:, self.start : self.stop]
-        if self._aligned:
-            missing = -tokens.shape[1] % self.chunk_size
-            if missing:
-                tokens = pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, missing))
-            return tokens.unflatten(1, (-1, self.chunk_size)).flatten(0, 1)
-        shape = (self.lanes.chunks * self.chunk_size, *tokens.shape[2:])
-        padded = tokens.new_zeros(shape).index_copy(0, self._places(tokens.device), tokens[0])
-        return padded.unflatten(0, (-1, self.chunk_size))
+        if len(self.pieces) > 1:
+            filled = tokens.new_zeros((self.lanes.chunks * self.chunk_size, *tokens.shape[2:]))
+            chunks = filled.index_copy(0, self._places(tokens.device), tokens[0]).unflatten(0, (-1, self.chunk_size))
+            return chunks.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        missing = -tokens.shape[1] % self.chunk_size
+        if missing:
+            tokens = pad(tokens, (0, 0, 0, 0, 0, 0, 0, missing))
+        chunks = tokens.unflatten(1, (-1, self.chunk_size))
+        return chunks.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(0, 1)
 
-    def join(self, chunks: Tensor) -> Tensor:
-        """``[M, C, …] -> [B, stop - start, …]``, the transpose of ``cut``."""
-        if self._aligned:
-            return chunks.unflatten(0, (self.batch, -1)).flatten(1, 2)[:, : self.stop - self.start]
-        return chunks.flatten(0, 1)[self._places(chunks.device)].unsqueeze(0)
+    def join(self, rows: Tensor) -> Tensor:
+        """``[M, heads, C·R, D] -> [B, stop - start, R, heads, D]``, the transpose of ``cut``."""
+        chunks = rows.unflatten(2, (self.chunk_size, -1)).permute(0, 2, 3, 1, 4)
+        if len(self.pieces) > 1:
+            return chunks.flatten(0, 1)[self._places(rows.device)].unsqueeze(0)
+        return chunks.unflatten(0, (-1, self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.stop - self.start]
 
 
 def plan_windows(
@@ -77,49 +81,43 @@ def plan_windows(
     same pieces whatever is packed around it; short ones share a window.
     """
     if sequence_starts is None:
-        windows = []
+        everyone, windows = tuple(range(batch)), []
         for start in range(0, time, window_tokens):
             stop = min(start + window_tokens, time)
-            first, last = start == 0, stop == time
-            everyone = tuple(range(batch))
-            windows.append(
-                Window(
-                    start, stop, (stop - start,), batch, chunk_size,
-                    not first, not last, everyone if first else (), everyone if last else (),
-                )
-            )  # fmt: skip
+            begins, ends = everyone if start == 0 else (), everyone if stop == time else ()
+            pieces = (stop - start,)
+            windows.append(Window(start, stop, pieces, batch, chunk_size, not begins, not ends, begins, ends))
         return windows
 
     windows = []
-    pieces: list[int] = []
-    begins: list[int] = []
-    ends: list[int] = []
+    pieces_here: list[int] = []
+    begins_here: list[int] = []
+    ends_here: list[int] = []
     start = stop = 0
     continued = False
 
     def close(unfinished: bool) -> None:
-        nonlocal start, pieces, begins, ends, continued
-        if pieces:
-            windows.append(
-                Window(
-                    start, stop, tuple(pieces), 1, chunk_size, continued, unfinished, tuple(begins), tuple(ends)
-                )
-            )  # fmt: skip
-        start, pieces, begins, ends, continued = stop, [], [], [], unfinished
+        nonlocal start, continued
+        if pieces_here:
+            parts = (tuple(pieces_here), 1, chunk_size, continued, unfinished, tuple(begins_here), tuple(ends_here))
+            windows.append(Window(start, stop, *parts))
+        for numbers in (pieces_here, begins_here, ends_here):
+            numbers.clear()
+        start, continued = stop, unfinished
 
-    for sequence, (first, last) in enumerate(zip(sequence_starts, sequence_starts[1:], strict=False)):
+    for sequence, (first, last) in enumerate(pairwise(sequence_starts)):
         if first == last:
             continue
-        if pieces and stop - start + (last - first) > window_tokens:
+        if pieces_here and stop - start + (last - first) > window_tokens:
             close(False)
-        begins.append(sequence)
+        begins_here.append(sequence)
         while last - first > window_tokens:
-            pieces.append(window_tokens)
+            pieces_here.append(window_tokens)
             first += window_tokens
             stop = first
             close(True)
-        pieces.append(last - first)
+        pieces_here.append(last - first)
         stop = last
-        ends.append(sequence)
+        ends_here.append(sequence)
     close(False)
     return windows

@@ -105,8 +105,6 @@ def scan(flows: Flow, lengths, initial):
     starts = [sum(lengths[:lane]) for lane in range(len(lengths))]
     order = sorted(range(len(lengths)), key=lambda lane: -lengths[lane])
     places = [starts[lane] + step for step in range(max(lengths)) for lane in order if lengths[lane] > step]
-    if hasattr(Lanes, "starts"):
-        order, places = list(range(len(lengths))), list(range(sum(lengths)))
     ordered = Flow(flows.transition[places], flows.source[places])
     entries, final = entry_states(ordered, Lanes(lengths), initial[order])
     return entries[torch.tensor(places).argsort()], final[torch.tensor(order).argsort()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from parallelflow.aggregate.base import Recursion, Trajectory
-from parallelflow.flow import entry_states
+from parallelflow.flow import Flow, entry_states
 from parallelflow.lanes import Lanes
 
 
@@ -17,6 +17,6 @@ def associative(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bo
         entries, final = entry_states(flows, lanes, initial)
     else:
         order = lanes.reversal(initial.device)
-        entries, final = entry_states(flows[order], lanes, initial)
+        entries, final = entry_states(Flow(flows.transition[order], flows.source[order]), lanes, initial)
         entries = entries[order]
     return Trajectory(entries, recursion.solutions(entries), final)

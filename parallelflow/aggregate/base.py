@@ -15,83 +15,101 @@ from parallelflow.lanes import Lanes
 
 
 class Trajectory(NamedTuple):
-    """``entries [M, H, G, K, V]``: the state at each chunk's entry; ``solutions [M, H, G, n, V]``: each chunk's X (None
-    where no row reads); ``final [lanes, H, G, K, V]``: the state after each lane's last chunk."""
+    """``entries [M, HV, K, V]``: the state at each chunk's entry; ``solutions [M, HV, n, V]``: each chunk's X (None
+    where no row reads); ``final [lanes, HV, K, V]``: the state after each lane's last chunk, lanes in their order."""
 
     entries: Tensor
     solutions: Tensor | None
     final: Tensor
 
 
+class Coupling(NamedTuple):
+    """How the rows of a chunk answer the state: ``leftᵀ T (source + right S)``.
+
+    ``solve(Z, index)`` is T Z for the chunks at ``index``; ``source [M, HV, n, V]`` None is 0.
+    """
+
+    left: Scaled
+    right: Scaled
+    solve: Callable[[Tensor, slice | Tensor], Tensor]
+    source: Tensor | None
+
+
 @dataclass(frozen=True)
 class Recursion:
-    """One affine map a chunk, ``S ← Λ S + leftᵀ X + extra`` with ``X = T (source + right S)``.
+    """One affine map a chunk: ``S ← Λ S + leftᵀ X + extra`` with ``X = T (source + right S)``.
 
-    Forward in time, ``right`` are the rows that read, ``left`` those that write and T is ``(I - G)⁻¹``. The adjoint is the
-    same recursion backwards with the two exchanged and T transposed: one implementation serves both.
-    ``left``, ``right``, ``solve`` and ``source`` are None where no row reads; ``extra`` is ``[M, H, G, K, V]`` or None.
+    Forward in time, ``right`` are the rows that read, ``left`` those that write and T is ``(I - G)⁻¹``. The adjoint is
+    the same recursion backwards with the two exchanged and T transposed: one implementation serves both.
+    ``total`` (Λ) is None, ``[M, HV]`` or ``[M, HV, K]``; ``coupling`` is None where no row reads; ``extra`` is
+    ``[M, HV, K, V]`` or None.
     """
 
     total: Tensor | None
-    left: Scaled | None
-    right: Scaled | None
-    solve: Callable[[Tensor, slice | Tensor], Tensor] | None
-    source: Tensor | None
+    coupling: Coupling | None
     extra: Tensor | None
-    chunks: int
 
-    def step(self, state: Tensor, index: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+    def step(self, state: Tensor, index: slice) -> tuple[Tensor, Tensor | None]:
         """The state after the chunks at ``index``, and their X."""
-        new = self._decay(state, index)
-        solution = None
-        if self.right is not None:
-            assert self.left is not None and self.solve is not None
-            read = self.right[index].apply(state)
-            solution = self.solve(read if self.source is None else self.source[index] + read, index)
-            written = self.left[index].apply_transposed(solution)
-            new = written if new is None else new + written
-        if self.extra is not None:
-            new = self.extra[index] if new is None else new + self.extra[index]
-        assert new is not None
-        return new, solution
+        base, solution = self.extra, None
+        if self.total is not None:
+            base = state * self._decay(index) if base is None else torch.addcmul(base[index], state, self._decay(index))
+        else:
+            base = state if base is None else base[index] + state
+        if self.coupling is not None:
+            left, right, solve, source = self.coupling
+            solution = solve(right.at(index).apply(state, None if source is None else source[index]), index)
+            base = left.at(index).apply_transposed(solution, base)
+        return base, solution
 
     def solutions(self, entries: Tensor) -> Tensor | None:
         """X of all chunks at once, their entry states known."""
-        if self.right is None:
+        if self.coupling is None:
             return None
-        assert self.solve is not None
-        read = self.right.apply(entries)
-        return self.solve(read if self.source is None else self.source + read, slice(None))
+        _, right, solve, source = self.coupling
+        return solve(right.apply(entries, source), slice(None))
 
     def flows(self, like: Tensor) -> Flow:
         """Each chunk's flow: ``P = Λ + leftᵀ W`` and ``H = leftᵀ Y + extra`` with ``W = T right``, ``Y = T source``;
-        states are as ``like [lanes, H, G, K, V]``."""
-        if self.right is None:
+        states are as ``like [lanes, HV, K, V]``."""
+        if self.coupling is None:
             assert self.extra is not None
-            total = self.extra.new_ones(self.extra.shape[:3]) if self.total is None else self.total
+            total = self.extra.new_ones(self.extra.shape[:2]) if self.total is None else self.total
             return Flow(total, self.extra)
-        assert self.left is not None and self.solve is not None
-        dense = self.right.dense()
-        transition = self.left.apply_transposed(self.solve(dense, slice(None)))
-        width = transition.shape[-1]
-        eye = torch.eye(width, dtype=transition.dtype, device=transition.device)
-        if self.total is None:
-            transition = transition + eye
-        else:
-            diagonal = self.total.unsqueeze(-1) if self.total.ndim == 3 else self.total
-            transition = transition + eye * diagonal.unsqueeze(-1)
-        source = None if self.source is None else self.left.apply_transposed(self.solve(self.source, slice(None)))
-        if self.extra is not None:
-            source = self.extra if source is None else source + self.extra
+        left, right, solve, source = self.coupling
+        dense = right.dense()
+        identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
+        if self.total is not None:
+            identity = identity * self._decay(slice(None))
+        everything = slice(None)
+        transition = left.apply_transposed(solve(dense, everything), identity)
         if source is None:
-            source = like.new_zeros(self.chunks, *like.shape[1:])
-        return Flow(transition.expand(*source.shape[:3], width, width), source)
+            shape = (transition.shape[0], *like.shape[1:])
+            return Flow(transition, like.new_zeros(shape) if self.extra is None else self.extra)
+        return Flow(transition, left.apply_transposed(solve(source, everything), self.extra))
 
-    def _decay(self, state: Tensor, index: slice | Tensor) -> Tensor:
-        if self.total is None:
-            return state
+    def take(self, index: Tensor) -> Recursion:
+        """The same maps with the chunks in another order."""
+        coupling = self.coupling
+        if coupling is not None:
+            left, right, solve, source = coupling
+            coupling = Coupling(
+                left.at(index),
+                right.at(index),
+                lambda rows, chosen: solve(rows, index[chosen]),
+                None if source is None else source[index],
+            )
+        return Recursion(
+            None if self.total is None else self.total[index],
+            coupling,
+            None if self.extra is None else self.extra[index],
+        )
+
+    def _decay(self, index: slice) -> Tensor:
+        """Λ as it multiplies states, ``[M, HV, 1 or K, 1]``."""
+        assert self.total is not None
         total = self.total[index]
-        return state * (total[..., None, None] if total.ndim == 3 else total.unsqueeze(-1))
+        return total[..., None, None] if total.ndim == 2 else total.unsqueeze(-1)
 
 
 Aggregate = Callable[[Recursion, Lanes, Tensor, bool], Trajectory]

@@ -17,31 +17,35 @@ SEGMENTS = 8  # at most, a lane
 
 
 def segmented(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bool = False) -> Trajectory:
-    """Cuts each lane in segments, finds every segment's flow by carrying ``[I | 0]`` through it, composes those, and runs
-    all segments at once from their entry states: the exact result for every driver."""
-    runs, segments = lanes.cut(SEGMENTS)
-    flows = _flows_of_runs(recursion, runs, initial, reverse)
-    order = segments.reversal(initial.device) if reverse else None
-    entries, final = entry_states(flows if order is None else flows[order], segments, initial)
-    inside = sequential(recursion, runs, entries if order is None else entries[order], reverse)
-    return inside._replace(final=final)
+    """Cuts each lane in segments, finds every segment's flow by carrying ``[I | 0]`` through it, composes those, and
+    runs all segments at once from their entry states: the exact result for every driver."""
+    runs, lanes_of_runs, chunks, numbers = lanes.cut(SEGMENTS, initial.device)
+    recursion = recursion.take(chunks)
+    flows = _flows_of_runs(recursion, runs, initial, reverse)  # in the order in which the runs are given
+    if reverse:
+        numbers = numbers[lanes_of_runs.reversal(initial.device)]
+    ordered = Flow(flows.transition[numbers], flows.source[numbers])
+    entries, final = entry_states(ordered, lanes_of_runs, initial)
+    back = numbers.argsort()
+    inside = sequential(recursion, runs, runs.sort(entries[back]), reverse)
+    places = chunks.argsort()
+    solutions = None if inside.solutions is None else inside.solutions[places]
+    return Trajectory(inside.entries[places], solutions, final)
 
 
 def _flows_of_runs(recursion: Recursion, runs: Lanes, initial: Tensor, reverse: bool) -> Flow:
     """Each run's ``(P, H)``: the identity beside a zero state, carried along. Where no row reads, P is diagonal and one
     column of ones shows it."""
-    key_dim = initial.shape[-2]
-    probe = torch.ones_like(initial[:1, ..., :1])
-    if recursion.right is not None:
-        probe = torch.eye(key_dim, dtype=initial.dtype, device=initial.device).expand(*initial[:1].shape[:-2], -1, -1)
+    coupling, (_, heads, key_dim, value_dim) = recursion.coupling, initial.shape
+    if coupling is None:
+        probe = initial.new_ones(key_dim, 1)
+    else:
+        probe = torch.eye(key_dim, dtype=initial.dtype, device=initial.device)
     width = probe.shape[-1]
-    blank = torch.zeros_like(initial[:1])
-    start = torch.cat((probe, blank), -1).expand(len(runs.lengths), *(-1,) * (initial.ndim - 1))
-    widened = replace(
-        recursion,
-        source=None if recursion.source is None else pad(recursion.source, (width, 0)),
-        extra=None if recursion.extra is None else pad(recursion.extra, (width, 0)),
-    )
-    carried = sequential(widened, runs, start, reverse).final
+    start = pad(probe, (0, value_dim)).expand(len(runs), heads, -1, -1)
+    if coupling is not None and coupling.source is not None:
+        coupling = coupling._replace(source=pad(coupling.source, (width, 0)))
+    extra = None if recursion.extra is None else pad(recursion.extra, (width, 0))
+    carried = runs.unsort(sequential(replace(recursion, coupling=coupling, extra=extra), runs, start, reverse).final)
     transition = carried[..., :width]
-    return Flow(transition if recursion.right is not None else transition.squeeze(-1), carried[..., width:])
+    return Flow(transition.squeeze(-1) if coupling is None else transition, carried[..., width:])

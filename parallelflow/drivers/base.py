@@ -110,7 +110,8 @@ def _check_row(row: Row) -> None:
         if coefficient is not None:
             expect_floating(f"{name} coefficient", coefficient)
             leading = tuple(vector.shape[:-2])
-            fits = coefficient.ndim in (vector.ndim - 1, vector.ndim) and tuple(coefficient.shape[: len(leading)]) == leading
+            fits = coefficient.ndim in (vector.ndim - 1, vector.ndim)
+            fits = fits and tuple(coefficient.shape[: len(leading)]) == leading
             if fits and coefficient.ndim == vector.ndim:
                 fits = coefficient.shape[-1] == vector.shape[-1]
             if not fits:

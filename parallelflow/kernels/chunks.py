@@ -23,7 +23,7 @@ class Chunks(NamedTuple):
     """
 
     size: int
-    count: int
+    count: int  # type: ignore[assignment]
     sequences: int
     time: int
     per_sequence: int

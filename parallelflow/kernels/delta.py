@@ -8,6 +8,8 @@ The backward keeps the arrays of `prepare` and recomputes the states with one mo
 Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of `gradient`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def _scans(tier: str):
     raise ValueError(f"tier: got {tier!r}, expected 'triton' or 'hopper'")
 
 
-def _chunks(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
+def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
+    """How the line is cut."""
     batch, time = query.shape[:2]
     size = chunk_size(query, value)
     if cu_seqlens is None:
@@ -42,7 +45,7 @@ def _chunks(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_
     return packed_chunks(cu_seqlens, time, size, cu_seqlens_host)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -59,10 +62,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     """
     _check(query, key, value, beta, log_decay, tied, initial_state)
     query, key, value, beta, log_decay, initial_state = _contiguous(query, key, value, beta, log_decay, initial_state)
-    chunks = _chunks(query, value, cu_seqlens, cu_seqlens_host)
+    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
     prepared = prepare(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
     output, final_state = _scans(tier).forward_scan(
-        query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state)
+        query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state
+    )
     saved = [tensor for tensor in prepared if tensor is not None] if save_for_backward else []
     return output, final_state, saved
 
@@ -73,11 +77,17 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
              cu_seqlens_host: Tensor | None = None, tier: str = "triton",
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None)."""
+    """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None).
+
+    saved is the forward's; empty, the arrays of `prepare` are made again.
+    """
     query, key, value, beta, log_decay, initial_state, d_output, d_final_state = _contiguous(
         query, key, value, beta, log_decay, initial_state, d_output, d_final_state)  # fmt: skip
-    chunks = _chunks(query, value, cu_seqlens, cu_seqlens_host)
-    prepared = Prepared(*saved) if tied else Prepared(None, *saved)
+    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
+    if not saved:
+        prepared = prepare(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
+    else:
+        prepared = Prepared(*saved) if tied else Prepared(None, *saved)
     scans = _scans(tier)
     entry_states, innovation = scans.recompute_scan(key, value, prepared, chunks, initial_state=initial_state)
     exit_gradients, d_value, d_initial_state = scans.reverse_scan(
@@ -101,9 +111,7 @@ def _check(query, key, value, beta, log_decay, tied, initial_state) -> None:
             f"query, value: got head sizes {query.shape[-1]} and {value.shape[-1]}, expected at most {LARGEST_HEAD}"
         )
     if value.shape[2] % query.shape[2]:
-        raise ValueError(
-            f"value: got {value.shape[2]} heads, expected a multiple of the query's {query.shape[2]}"
-        )
+        raise ValueError(f"value: got {value.shape[2]} heads, expected a multiple of the query's {query.shape[2]}")
     if tied and beta is None:
         raise ValueError("beta: got None, expected [B, T, HV] for the delta rule")
     for name, tensor in (("beta", beta), ("log_decay", log_decay)):

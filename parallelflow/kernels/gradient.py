@@ -273,8 +273,8 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     m, c = chunks.count, chunks.size
     tied, has_beta, has_decay = prepared.inverse is not None, beta is not None, log_decay is not None
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
-    d_beta = torch.empty_like(beta) if has_beta else None
-    d_log_decay = torch.empty_like(log_decay) if has_decay else None
+    d_beta = None if beta is None else torch.empty_like(beta)
+    d_log_decay = None if log_decay is None else torch.empty_like(log_decay)
     if m == 0:
         return d_query, d_key, d_beta, d_log_decay
     pairs_options, states_options = configuration(key, d_output)

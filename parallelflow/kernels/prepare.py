@@ -209,12 +209,11 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
     heads, size = query.shape[2], query.shape[3]
     c, m = chunks.size, chunks.count
-    vector = {"device": query.device, "dtype": torch.float32}
-    cumulative = torch.empty(m, value_heads, 2, c, **vector)
-    from_start = torch.empty(m, value_heads, c, **vector)
-    to_end = torch.empty(m, value_heads, c, **vector)
-    total = torch.empty(m, value_heads, **vector)
-    scores = torch.empty(m, value_heads, c, c, device=query.device, dtype=query.dtype)
+    cumulative = query.new_empty(m, value_heads, 2, c, dtype=torch.float32)
+    from_start = query.new_empty(m, value_heads, c, dtype=torch.float32)
+    to_end = torch.empty_like(from_start)
+    total = query.new_empty(m, value_heads, dtype=torch.float32)
+    scores = query.new_empty(m, value_heads, c, c)
     inverse = torch.empty_like(scores) if tied else None
     prepared = Prepared(inverse, scores, cumulative, from_start, to_end, total)
     if m == 0:
@@ -222,12 +221,35 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     precision = float32_precision(query.device)
     full = query.dtype == torch.float32
     width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
-    common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed,
-              "HAS_DECAY": log_decay is not None, "PRECISION": precision}
+    common = {
+        "H": heads,
+        "HV": value_heads,
+        "K": size,
+        "C": c,
+        "PACKED": chunks.packed,
+        "HAS_DECAY": log_decay is not None,
+        "PRECISION": precision,
+    }
     scores_kernel[(m * heads,)](
-        query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, chunks.table,
-        chunks.time, chunks.per_sequence, scale,
-        BK=width, HAS_BETA=beta is not None, num_warps=1, num_stages=1, **common)
+        query,
+        key,
+        beta,
+        log_decay,
+        scores,
+        cumulative,
+        from_start,
+        to_end,
+        total,
+        chunks.table,
+        chunks.time,
+        chunks.per_sequence,
+        scale,
+        BK=width,
+        HAS_BETA=beta is not None,
+        num_warps=1,
+        num_stages=1,
+        **common,
+    )
     if inverse is not None:
         inverse_kernel[(m * value_heads,)](
             key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,

@@ -20,7 +20,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may take on `device` (a Hopper's where there is no GPU)."""
     if device.type != "cuda":
         return 232448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @triton.jit

@@ -203,8 +203,17 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
     return states, innovation
 
 
-def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None, initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def reverse_scan(
+    query: Tensor,
+    key: Tensor,
+    d_output: Tensor,
+    prepared: Prepared,
+    chunks: Chunks,
+    *,
+    scale: float,
+    d_final_state: Tensor | None,
+    initial_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Transposed gradients of the chunks' exit states [M, HV, V, K], of the values and, if asked, the initial state."""
     _, value_heads, k, v = _sizes(key, d_output).values()
     exit_gradients = key.new_empty(chunks.count, value_heads, v, k)

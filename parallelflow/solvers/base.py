@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Factorisation(ABC):
-    """``(I - G)``, ready to be solved with. All leading axes are batch axes."""
+    """``(I - G)``, ready to be solved with, in ``dtype``. All leading axes are batch axes."""
+
+    dtype: torch.dtype
 
     @abstractmethod
     def solve(self, right: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ class Factorisation(ABC):
         """``Y`` with ``(I - G)ᵀ Y = right``; ``right [..., n, D]``."""
 
     @abstractmethod
-    def __getitem__(self, index) -> Factorisation:
+    def __getitem__(self, index: slice | Tensor) -> Factorisation:
         """The factorisation of some of the chunks (an index of the first axis)."""
 
 
@@ -34,6 +36,7 @@ class Stepwise(Factorisation):
     def __init__(self, gram: Tensor, block: int) -> None:
         self.gram = gram
         self.block = block
+        self.dtype = gram.dtype
 
     @staticmethod
     @abstractmethod
@@ -51,7 +54,7 @@ class Stepwise(Factorisation):
         batch = torch.broadcast_shapes(self.gram.shape[:-2], right.shape[:-2])
         return right.expand(*batch, *right.shape[-2:])
 
-    def __getitem__(self, index) -> Stepwise:
+    def __getitem__(self, index: slice | Tensor) -> Stepwise:
         return type(self)(self.gram[index], self.block)
 
 

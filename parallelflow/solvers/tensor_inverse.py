@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ class tensor_inverse(Factorisation):
 
     def __init__(self, gram: Tensor, block: int) -> None:
         self.inverse = invert_unit_lower(gram)
+        self.dtype = gram.dtype
 
     def solve(self, right: Tensor) -> Tensor:
         return self.inverse @ right
@@ -26,9 +29,9 @@ class tensor_inverse(Factorisation):
     def solve_transposed(self, right: Tensor) -> Tensor:
         return self.inverse.transpose(-1, -2) @ right
 
-    def __getitem__(self, index) -> tensor_inverse:
+    def __getitem__(self, index: slice | Tensor) -> tensor_inverse:
         part = object.__new__(tensor_inverse)
-        part.inverse = self.inverse[index]
+        part.inverse, part.dtype = self.inverse[index], self.dtype
         return part
 
 
@@ -45,7 +48,7 @@ def invert_unit_lower(gram: Tensor) -> Tensor:
     rows = padded // blocks
     batch = gram.shape[:-2]
     tiles = gram.reshape(*batch, blocks, rows, blocks, rows).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-    inverse = _substitute(tiles)  # [..., blocks, rows, rows]
+    inverse = _Tiles.apply(tiles)  # [..., blocks, rows, rows]
     while blocks > 1:
         blocks //= 2
         lower = gram.reshape(*batch, blocks, 2, rows, blocks, 2, rows)[..., 1, :, :, 0, :]
@@ -58,12 +61,29 @@ def invert_unit_lower(gram: Tensor) -> Tensor:
     return inverse.squeeze(-3)[..., :size, :size]
 
 
-def _substitute(tiles: Tensor) -> Tensor:
-    """Inverses of the base blocks, row after row: ``T_p = e_p + Σ_{q<p} G[p,q] T_q``."""
-    size = tiles.shape[-1]
-    identity = torch.eye(size, dtype=tiles.dtype, device=tiles.device)
-    inverse = identity[:1].expand(*tiles.shape[:-2], 1, size)
-    for row in range(1, size):
-        new = identity[row : row + 1] + tiles[..., row : row + 1, :row] @ inverse
-        inverse = torch.cat((inverse, new), -2)
-    return inverse
+class _Tiles(torch.autograd.Function):
+    """Inverses of the base blocks ``[..., s, s]`` by right-looking substitution, all blocks in the innermost axis:
+    ``T_p += G[p,q] T_q`` for all p > q, q after q."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tiles: Tensor) -> Tensor:
+        size = tiles.shape[-1]
+        gram = tiles.reshape(-1, size, size).permute(1, 2, 0).contiguous()
+        inverse = torch.zeros_like(gram)
+        inverse.diagonal(dim1=0, dim2=1).fill_(1)
+        for row in range(size - 1):
+            inverse[row + 1 :, : row + 1].addcmul_(gram[row + 1 :, row, None], inverse[row, None, : row + 1])
+        return inverse.permute(2, 0, 1).reshape(tiles.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """``dG = tril(Tᵀ dT Tᵀ, -1)``."""
+        (inverse,) = ctx.saved_tensors
+        transposed = inverse.transpose(-1, -2)
+        return (transposed @ gradient @ transposed).tril(-1)

@@ -1,0 +1,124 @@
+"""Which problems the kernels serve, and those problems in the kernels' terms.
+
+A kernel serves rows, not models: here one row a token, no or scalar decay, read decayed; either tied (``-β k`` reads,
+``k`` writes ``β v``) or only writing. Everything else is the torch backend's.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from parallelflow.kernels import delta
+from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
+
+SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refusal(inputs: Inputs, traits: Traits) -> str | None:
+    """Why the kernels cannot take this problem; None where they can."""
+    sizes, query = sizes_of(inputs), inputs.query
+    if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {query.device}, expected a CUDA device"
+    if query.dtype not in SUPPORTED or sizes.compute_dtype != torch.float32:
+        return f"dtype {query.dtype} computed in {sizes.compute_dtype}, expected 16 or 32 bits throughout"
+    if max(sizes.key_dim, sizes.value_dim) > delta.LARGEST_HEAD:
+        return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {delta.LARGEST_HEAD}"
+    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
+        return "a decay a key channel, expected none or one a head"
+    if traits.raw:
+        return "raw reads, expected decayed ones"
+    if traits.rank != 1:
+        return f"{traits.rank} rows a token, expected 1"
+    if traits.positions and not traits.tied:
+        return "a read that is not -β times the write, beside β times the value"
+    key, value, coefficient = _factors(inputs)
+    if key.shape[3] != sizes.heads or value.shape[3] != sizes.value_heads:
+        return "keys or values with other heads than the query's H and HV"
+    if not traits.positions and traits.lone_sign != 1:
+        return "a negative value"
+    if coefficient is not None and (coefficient.ndim != 4 or coefficient.shape[3] != sizes.value_heads):
+        return "a coefficient a channel or a key head, expected one a value head"
+    return None
+
+
+def hopper_fits(inputs: Inputs) -> bool:
+    """Whether the scans written for Hopper serve these shapes, dtype and device."""
+    if not inputs.query.is_cuda or inputs.query.numel() == 0:
+        return False
+    if torch.cuda.get_device_capability(inputs.query.device)[0] != 9:
+        return False
+    from parallelflow.kernels.hopper import scan
+
+    _, value, _ = _factors(inputs)
+    return scan.fits(inputs.query, value.squeeze(2), delta.chunks_of(inputs.query, value.squeeze(2), None, None))
+
+
+def forward(
+    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
+    output, final, saved = delta.forward(
+        *_arguments(inputs), **_options(inputs, traits, sequence_starts, tier), need_final_state=True,
+        save_for_backward=keep,
+    )  # fmt: skip
+    assert final is not None
+    return output, final, saved
+
+
+def backward(
+    inputs: Inputs,
+    traits: Traits,
+    sequence_starts: list[int] | None,
+    tier: str,
+    saved: list[Tensor],
+    d_output: Tensor,
+    d_final: Tensor,
+) -> Inputs:
+    """Gradients of all inputs, each in its dtype."""
+    options = _options(inputs, traits, sequence_starts, tier)
+    found = delta.backward(*_arguments(inputs), saved, d_output, d_final.float(), **options)
+    d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
+    gradients = Inputs(query=d_query, log_decay=d_log_decay, initial_state=d_initial)
+    d_coefficient = None if d_coefficient is None else d_coefficient.unsqueeze(2)
+    d_key, d_value = d_key.unsqueeze(2), d_value.unsqueeze(2)
+    if not traits.positions:
+        return gradients._replace(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient)
+    # What is tied stands in two slots, whose gradients are added: all of it goes into one.
+    return gradients._replace(
+        read=torch.zeros_like(d_key[:1, :1]).expand_as(d_key),
+        read_coefficient=None if d_coefficient is None else torch.zeros_like(d_coefficient),
+        write=d_key,
+        value=d_value,
+        value_coefficient=d_coefficient,
+    )
+
+
+def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The row's key, value and coefficient, with their R axis."""
+    if inputs.write is not None and inputs.value is not None:
+        return inputs.write, inputs.value, inputs.value_coefficient
+    assert inputs.lone_write is not None
+    assert inputs.lone_value is not None
+    return inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
+
+
+def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    key, value, coefficient = _factors(inputs)
+    beta = None if coefficient is None else coefficient.squeeze(2)
+    return inputs.query, key.squeeze(2), value.squeeze(2), beta, inputs.log_decay
+
+
+def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
+    sizes: Sizes = sizes_of(inputs)
+    host = None if sequence_starts is None else torch.tensor(sequence_starts, dtype=torch.int32)
+    return {
+        "tied": bool(traits.positions),
+        "scale": sizes.key_dim**-0.5 if traits.scale is None else traits.scale,
+        "initial_state": inputs.initial_state,
+        "cu_seqlens": None if host is None else host.to(inputs.query.device, non_blocking=True),
+        "cu_seqlens_host": host,
+        "tier": tier,
+    }

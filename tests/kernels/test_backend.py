@@ -1,0 +1,90 @@
+"""The kernels behind the public functions: the same results and gradients as the torch backend, or a clear refusal."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import parallelflow as pf
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(time=70, heads=1, value_heads=2, k=16, v=16, sequences=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = (
+        normal(1, time, heads, k),
+        torch.nn.functional.normalize(normal(1, time, heads, k), dim=-1),
+        normal(1, time, value_heads, v),
+        normal(1, time, value_heads).sigmoid(),
+        -normal(1, time, value_heads).abs(),
+        normal(sequences, value_heads, k, v),
+    )
+    return [tensor.to(DEVICE).requires_grad_() for tensor in tensors]
+
+
+MODELS = {
+    "gated_delta_rule": lambda q, k, v, b, g, s, **o: pf.gated_delta_rule(q, k, v, b, g, initial_state=s, **o),
+    "delta_rule": lambda q, k, v, b, g, s, **o: pf.delta_rule(q, k, v, b, initial_state=s, **o),
+    "longhorn": lambda q, k, v, b, g, s, **o: pf.longhorn(q, k, v, b, initial_state=s, **o),
+    "efla": lambda q, k, v, b, g, s, **o: pf.efla(q, k, v, b, initial_state=s, **o),
+    "ssd": lambda q, k, v, b, g, s, **o: pf.ssd(q, k, v, g, initial_state=s, **o),
+    "retention": lambda q, k, v, b, g, s, **o: pf.retention(q, k, v, g[0, 0], initial_state=s, **o),
+    "linear_attention": lambda q, k, v, b, g, s, **o: pf.linear_attention(q, k, v, initial_state=s, **o),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_are_the_torch_backend(name):
+    tensors = draw()
+    bounds = torch.tensor([0, 30, 70], device=DEVICE)
+    found = []
+    for backend in ("torch", "triton"):
+        output, state = MODELS[name](*tensors, cu_seqlens=bounds, return_final_state=True, backend=backend)
+        weights = torch.linspace(-1, 1, output.numel(), device=DEVICE).reshape(output.shape)
+        gradients = torch.autograd.grad((output * weights).sum() + state.square().sum(), tensors, allow_unused=True)
+        found.append((output, state, *gradients))
+    for place, (expected, got) in enumerate(zip(*found, strict=True)):
+        if expected is None:
+            assert got is None
+            continue
+        assert got.dtype == expected.dtype
+        # The float32 kernels round like the float32 engine; both are 1e-6 from the recurrence here. One decay for all
+        # tokens has a gradient that sums as many terms of either sign.
+        allowed = 2e-5 if (name, place) != ("retention", 6) else 2e-4
+        assert (got - expected).norm() <= allowed * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"chunk_size": 32}, "chunk_size=32"),
+        ({"solver": "substitution"}, "substitution"),
+        ({"aggregate": "associative"}, "associative"),
+    ],
+)
+def test_choices_that_kernels_do_not_have_are_refused(change, why):
+    q, k, v, b, g, s = draw()
+    with pytest.raises(ValueError, match=rf"backend: got 'triton' with .*{why}"):
+        pf.gated_delta_rule(q, k, v, b, g, backend="triton", **change)
+
+
+def test_rows_that_kernels_do_not_have_are_refused():
+    q, k, v, b, g, s = draw(value_heads=1)
+    with pytest.raises(ValueError, match=r"backend: got 'triton' with a decay a key channel"):
+        pf.gated_linear_attention(q, k, v, g.unsqueeze(-1).expand(-1, -1, -1, 16), backend="triton")
+    with pytest.raises(ValueError, match=r"backend: got 'triton' with raw reads"):
+        pf.comba(q, k, v, b, g, removal_key=k, backend="triton")
+    with pytest.raises(ValueError, match=r"backend: got 'triton' with dtype torch.float64"):
+        pf.delta_rule(q.double(), k.double(), v.double(), b, backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_hopper_is_refused_without_one():
+    q, k, v, b, g, s = draw()
+    with pytest.raises(ValueError, match=r"backend: got 'hopper'"):
+        pf.gated_delta_rule(q, k, v, b, g, backend="hopper")
