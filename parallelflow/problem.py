@@ -119,14 +119,19 @@ def canonical(
         raise ValueError(f"query: got shape {show(query)}, expected at least one head and one channel")
     reading: list[Row] = []
     writing: list[Row] = []
-    positions: tuple[list[int], list[int]] = ([], [])
+    positions: list[int] = []
+    lone_positions: list[int] = []
     place = 0
     for row in driver.rows:
-        lone = row.read is None
         rank = row.write.shape[2] if row.write.ndim == 5 else 1
-        (writing if lone else reading).append(row)
-        positions[lone].extend(range(place, place + rank))
+        places = list(range(place, place + rank))
         place += rank
+        if row.read is None:
+            writing.append(row)
+            lone_positions += places
+        else:
+            reading.append(row)
+            positions += places
 
     value_heads, value_dim = _value_shape(driver, heads, initial_state)
     if value_heads % heads:
@@ -170,8 +175,8 @@ def canonical(
     traits = Traits(
         sequential=driver.order == "sequential" and driver.rank > 1,
         raw=driver.reads == "raw" and driver.log_decay is not None,
-        positions=tuple(positions[0]),
-        lone_positions=tuple(positions[1]),
+        positions=tuple(positions),
+        lone_positions=tuple(lone_positions),
         read_sign=read_sign,
         value_sign=value_sign,
         lone_sign=lone_sign,
