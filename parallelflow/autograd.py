@@ -63,8 +63,9 @@ class _Flow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Tensor) -> tuple:
-        count, inputs = ctx.saved_count, ctx.saved_tensors[ctx.saved_count :]
-        found = _FlowBackward.apply(ctx.setting, count, *ctx.saved_tensors[:count], d_output, d_final, *inputs)
+        count, kept = ctx.saved_count, ctx.saved_tensors  # unpacked once: checkpointing allows no second time
+        saved, inputs = kept[:count], kept[count:]
+        found = _FlowBackward.apply(ctx.setting, count, *saved, d_output, d_final, *inputs)
         gradients = iter(found)
         return None, *(None if tensor is None else next(gradients) for tensor in inputs)
 
