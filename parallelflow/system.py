@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.decay import (
+from parallelflow.decays import (
     Decay,
     NoDecay,
     Rows,

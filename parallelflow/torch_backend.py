@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES, Coupling, Recursion, Trajectory
-from parallelflow.decay import Scaled
+from parallelflow.decays import Scaled
 from parallelflow.problem import Inputs, Sizes, Traits, sizes_of, without_autocast
 from parallelflow.solvers import SOLVERS, Factorisation
 from parallelflow.system import Chunks, Lone, Reading, System

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "parallelflow"
 
 LADDER: tuple[tuple[str, ...], ...] = (
-    ("checks", "lanes", "decay"),  # errors; runs of chunks; exponents inside a chunk
+    ("checks", "lanes", "decays"),  # errors; runs of chunks; exponents inside a chunk
     ("flow", "windows"),
     ("drivers",),
     ("discretize", "problem"),

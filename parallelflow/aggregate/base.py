@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.decay import Scaled
+from parallelflow.decays import Scaled
 from parallelflow.flow import Flow
 from parallelflow.lanes import Lanes
 
