@@ -28,7 +28,7 @@ class Recipe:
     length: int = 128
     batch: int = 8
     steps: int = 1100
-    seconds: float = 95.0
+    seconds: float = 70.0
     learning_rate: float = 8e-3
     evaluate_every: int = 50
     prompt: int = 64
