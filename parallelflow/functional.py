@@ -18,7 +18,7 @@ from parallelflow import drivers
 from parallelflow.checks import check_layouts, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
-from parallelflow.integrate import Result, integrate
+from parallelflow.integrate import Result, ResultWithStates, integrate
 from parallelflow.problem import autocast_dtype, without_autocast
 
 
@@ -33,7 +33,7 @@ OPTION_NAMES = sorted({*IntegrateOptions.__annotations__, *Options.__annotations
 
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalize: bool = False, **options: Unpack[Options]
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t)`` (0 where the divisor is 0) with ``z_t = Σ_{s≤t} k_s``, which is
@@ -56,7 +56,9 @@ def linear_attention(
     return result._replace(output=(numerator / torch.where(denominator == 0, 1, denominator)).to(dtype))
 
 
-def retention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]) -> Result:
+def retention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
     """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
 
     Source: RetNet, Sun et al. 2023, arXiv 2307.08621.
@@ -70,7 +72,7 @@ def retention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **op
 
 def lightning_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
 
     Source: Lightning Attention, Qin et al. 2024, arXiv 2401.04658.
@@ -82,7 +84,9 @@ def lightning_attention(
     return integrate(drivers.lightning_attention(key, value, log_decay), query, **rest)
 
 
-def ssd(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]) -> Result:
+def ssd(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
     """``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``: Mamba-2 with C the query, B the key, dt·x the value.
 
     ``value`` is already multiplied by dt; ``log_decay [B, T, HV]``; ``scale`` is 1 unless given.
@@ -97,7 +101,7 @@ def ssd(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options:
 
 def gated_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [B, T, HV, K]``.
 
     Source: GLA, Yang, Wang, Shen, Panda and Kim 2024, arXiv 2312.06635.
@@ -109,7 +113,9 @@ def gated_linear_attention(
     return integrate(drivers.gated_linear_attention(key, value, log_decay), query, **rest)
 
 
-def delta_rule(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]) -> Result:
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
     """``S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``beta [B, T, HV]``.
 
     Source: DeltaNet, Yang, Wang, Zhang, Shen and Kim 2024, arXiv 2406.06484.
@@ -121,7 +127,7 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **option
 
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     ``beta``, ``log_decay`` ``[B, T, HV]``.
@@ -140,7 +146,7 @@ def gated_delta_rule_2(
     write: Tensor,
     log_decay: Tensor,
     **options: Unpack[Options],
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = (I - k_t (b_t ⊙ k_t)ᵀ) diag(e^{g_t}) S_{t-1} + k_t (w_t ⊙ v_t)ᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     ``erase`` (b) ``[B, T, HV, K]``, ``write`` (w) ``[B, T, HV, V]``, ``log_decay [B, T, HV, K]``.
@@ -160,7 +166,7 @@ def gated_delta_rule_2(
 
 def kimi_delta_attention(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = (I - β_t k_t k_tᵀ) diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     ``beta [B, T, HV]``, ``log_decay [B, T, HV, K]``.
@@ -180,7 +186,7 @@ def comba(
     *,
     removal_key: Tensor,
     **options: Unpack[Options],
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = e^{g_t} S_{t-1} - β_t k_t p_tᵀ S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p) ``[B, T, H, K]``, normalised like the key by
@@ -201,7 +207,7 @@ def delta_product(
     beta: Tensor,
     log_decay: Tensor | None = None,
     **options: Unpack[Options],
-) -> Result:
+) -> Result | ResultWithStates:
     """``S ← e^{g_t} S``, then for j = 1 … R ``S ← (I - β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ``.
 
     ``o_t = scale · S_tᵀ q_t``, read after the token's last step. ``key [B, T, R, H, K]``,
@@ -228,7 +234,7 @@ def rwkv7(
     read: Tensor,
     write: Tensor,
     **options: Unpack[Options],
-) -> Result:
+) -> Result | ResultWithStates:
     """``S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``.
 
     ``log_decay``, ``read`` (a), ``write`` (b) ``[B, T, HV, K]``; ``scale`` is 1 unless given.
@@ -246,7 +252,9 @@ def rwkv7(
     return integrate(drivers.rwkv7(key, value, log_decay, read, write), query, **rest)
 
 
-def longhorn(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]) -> Result:
+def longhorn(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
     """The delta rule with ``β / (1 + β‖k‖²)``; ``beta [B, T, HV]`` ≥ 0.
 
     Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
@@ -256,7 +264,9 @@ def longhorn(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options:
     return integrate(drivers.longhorn(key, value, beta), query, **rest)
 
 
-def efla(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]) -> Result:
+def efla(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
+) -> Result | ResultWithStates:
     """The delta rule with ``(1 - e^{-β‖k‖²}) / ‖k‖²``, the exact flow; ``beta [B, T, HV]``.
 
     Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
@@ -276,7 +286,7 @@ def low_rank_flow(
     order: Order = "simultaneous",
     reads: Reads = "decayed",
     **options: Unpack[Options],
-) -> Result:
+) -> Result | ResultWithStates:
     """``S ← diag(e^{g_t}) S``, then ``S ← S + Σ_j b_tj (a_tjᵀ S + u_tjᵀ)``; ``o_t = scale · S_tᵀ q_t``.
 
     ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``, ``log_decay`` None,

@@ -30,16 +30,12 @@ class Result(NamedTuple):
     final_state: Tensor | None
 
 
-class ResultWithStates(Result):
-    """A ``Result``, and beside its two fields ``states [B, P, HV, K, V]`` after the requested numbers of tokens."""
+class ResultWithStates(NamedTuple):
+    """A ``Result``, and ``states [B, P, HV, K, V]`` after the requested numbers of tokens."""
 
+    output: Tensor
+    final_state: Tensor | None
     states: Tensor
-
-    @staticmethod
-    def of(output: Tensor, final_state: Tensor | None, states: Tensor) -> ResultWithStates:
-        result = ResultWithStates(output, final_state)
-        result.states = states
-        return result
 
 
 class Options(TypedDict, total=False):
@@ -73,7 +69,7 @@ def integrate(
     backend: str = "auto",
     state_positions: Sequence[int] | None = None,
     validate: bool | None = None,
-) -> Result:
+) -> Result | ResultWithStates:
     """``o_t = scale · S_tᵀ q_t`` along the flow of ``driver``, all tokens at once.
 
     Args:
@@ -98,7 +94,7 @@ def integrate(
 
     Returns:
         ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``; with ``state_positions`` a
-        ``ResultWithStates``, which has ``states`` too. All differentiable, twice in eager mode. States and sums are in
+        ``ResultWithStates``. All differentiable, twice in eager mode. States and sums are in
         the widest input dtype, at least float32.
 
     Raises:
@@ -283,9 +279,7 @@ def _with_states(
         else:
             inside = max(sequence for sequence, bound in enumerate(starts[:-1]) if bound < max(stop, 1))
             states.append(current[inside : inside + 1])
-    return ResultWithStates.of(
-        torch.cat(outputs, 1), current if return_final_state else None, torch.stack(states[:-1], 1)
-    )
+    return ResultWithStates(torch.cat(outputs, 1), current if return_final_state else None, torch.stack(states[:-1], 1))
 
 
 def _slice(driver: LowRankDriver, start: int, stop: int) -> LowRankDriver:
