@@ -105,8 +105,12 @@ class Lanes:
         inner, outer = Lanes(runs), Lanes(counts)
         chunks = [places[inner.order[rank]][step] for step, count in enumerate(inner.active) for rank in range(count)]
         numbers = [first[outer.order[rank]] + step for step, count in enumerate(outer.active) for rank in range(count)]
-        as_index = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)  # noqa: E731
-        return inner, outer, as_index(chunks), as_index(numbers)
+        return (
+            inner,
+            outer,
+            torch.tensor(chunks, dtype=torch.long, device=device),
+            torch.tensor(numbers, dtype=torch.long, device=device),
+        )
 
     def halve(self) -> tuple[Lanes, list[int], list[int], list[int]]:
         """Neighbours in pairs: the lanes of pairs, the places of each pair's first and second chunk, and those of the

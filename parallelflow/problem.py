@@ -69,11 +69,6 @@ class Sizes(NamedTuple):
     value_dim: int
     compute_dtype: torch.dtype
 
-    @property
-    def groups(self) -> int:
-        """Value heads a key head."""
-        return self.value_heads // self.heads
-
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """What autocast makes of a factor of a matrix product: its dtype for float32, else what it is."""
