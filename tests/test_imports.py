@@ -17,8 +17,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("checks", "lanes", "decays"),  # errors; runs of chunks; exponents inside a chunk
     ("flow", "windows"),
     ("drivers",),
-    ("discretize", "problem"),
-    ("system",),
+    ("problem",),
+    ("system", "discretizations"),
     ("solvers", "aggregate", "readout"),
     ("kernels", "torch_backend", "recurrence"),
     ("autograd",),
@@ -29,7 +29,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("compat", "cli"),
 )
-"""flow <- drivers <- discretize <- {solvers, aggregate, readout} <- kernels <- integrate <- functional <- nn <- models
+"""flow <- drivers <- discretizations <- {solvers, aggregate, readout} <- kernels <- integrate <- functional <- nn <- models
 <- {compat, cli}, with the small parts between: a part imports from the steps before its own only, and never from a part
 beside it."""
 
