@@ -264,10 +264,14 @@ def test_exact_steps_compose(name):
     rows = tuple(Row(twice(row.write), factor(row.read), factor(row.value)) for row in driver.rows)
     parts = torch.tensor([0.3, 0.7], dtype=F64).repeat(query.shape[1]).expand(2, -1)
     split = LowRankDriver(rows, twice(driver.log_decay), driver.order, driver.reads)
-    fine = pf.integrate(split, twice(query), discretization=Discretization("exact", step=parts), initial_state=state_of())
+    fine = pf.integrate(
+        split, twice(query), discretization=Discretization("exact", step=parts), initial_state=state_of()
+    )
     whole = pf.integrate(driver, query, discretization="exact", initial_state=state_of())
     assert_close(whole.output, fine.output[:, 1::2], 1e-13)
-    other = pf.integrate(split, twice(query), discretization=Discretization("rk4", step=parts), initial_state=state_of())
+    other = pf.integrate(
+        split, twice(query), discretization=Discretization("rk4", step=parts), initial_state=state_of()
+    )
     assert (whole.output - other.output[:, 1::2]).abs().max() > 1e-8  # the test can tell
 
 
@@ -320,3 +324,276 @@ def test_the_state_of_a_constant_input_is_reached(scheme):
     if rest is None:  # decay, then the implicit rows: like Euler's where nothing reads
         rest = 2 / (1 - math.exp(-3))
     assert abs(state - rest) < 1e-12
+
+
+# --- Φ: accuracy and derivatives --------------------------------------------------------------------------------------
+
+
+def test_phi1_of_numbers():
+    """To a few roundings from -1e5 to 60, both dtypes; its first three derivatives as well."""
+    from mpmath import diff, mp, mpf
+    from mpmath import expm1 as exact_expm1
+
+    with mp.workdps(60):
+        exact = lambda x: exact_expm1(x) / x if x else mpf(1)  # noqa: E731
+        points = [-1e5, -100.0, -3.0, -1.0001, -1.0, -0.5, -1e-3, -1e-6, -1e-20, 0.0, 1e-9, 0.3, 1.0, 1.5, 60.0]
+        for dtype, rounding in ((F64, 1e-15), (torch.float32, 5e-7)):
+            x = torch.tensor(points, dtype=dtype, requires_grad=True)
+            value = phi1(x)
+            for n in range(4):
+                for place, point in enumerate(x.tolist()):
+                    at = mpf(point)
+                    if n:
+                        wanted = diff(exact, at, n) if abs(point) > 1e-3 else mpf(1) / (n + 1) + at / (n + 2)
+                    else:
+                        wanted = exact(at)
+                    if n and abs(point) <= 1e-3 and abs(point) > 1e-9:
+                        wanted = sum(at**m / (mp.factorial(m) * (m + n + 1)) for m in range(20))
+                    assert abs(value[place].item() - wanted) <= 40 * rounding * abs(wanted), (n, point, dtype)
+                (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-8, 1e-3, 1.0, 30.0, 1e4])
+def test_phi1_of_matrices(norm):
+    """Against mpmath with 50 digits: decaying, rotating, and defective matrices."""
+    from mpmath import expm, matrix, mp, mpf
+
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(3, 3, generator=generator, dtype=F64)
+    q = q / torch.linalg.matrix_norm(q, 2)
+    for kind, x in {"decay": -q @ q.T, "rotation": q - q.T, "nilpotent": q.triu(1)}.items():
+        x = norm * x
+        with mp.workdps(50):
+            both = matrix(6)
+            for i in range(3):
+                both[i, 3 + i] = mpf(1)
+                for j in range(3):
+                    both[i, j] = mpf(x[i, j].item())
+            exponential = expm(both)
+            wanted = torch.tensor([[float(exponential[i, 3 + j]) for j in range(3)] for i in range(3)], dtype=F64)
+        error = (phi1_matrix(x) - wanted).norm() / wanted.norm()
+        assert error <= 1e-15 * (10 + 10 * norm), (kind, error)
+        narrow = (phi1_matrix(x.float()).double() - wanted).norm() / wanted.norm()
+        assert narrow <= 1e-7 * (2 + 2 * norm), (kind, narrow)
+
+
+def test_phi1_of_matrices_is_differentiable_everywhere():
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(4, 2, 3, 3, generator=generator, dtype=F64)
+    x[0], x[1] = 0, 1e-9 * x[1]
+    x[2] = -20 * x[2] @ x[2].mT
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(phi1_matrix, x)
+    assert torch.autograd.gradgradcheck(phi1_matrix, x.detach()[:3].requires_grad_())
+    line = torch.linspace(-3, 3, 13, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(phi1, line)
+    assert torch.autograd.gradgradcheck(phi1, line)
+
+
+def test_moments():
+    g = torch.tensor([-100.0, -3.0, -1.0001, -1.0, -0.999, -0.1, -1e-6, 0.0], dtype=F64, requires_grad=True)
+    for n, moment in enumerate(moments(g, 4)):
+        assert_close(moment, quadrature(g.detach(), n), 1e-14, f"J_{n}")
+        assert ((moment - quadrature(g.detach(), n)) / moment).abs().max() < 1e-11
+    assert torch.autograd.gradcheck(lambda g: tuple(moments(g, 4)), g)
+
+
+# --- ties, dtypes, hostile inputs -------------------------------------------------------------------------------------
+
+
+def test_ties_hold():
+    """One row without a decay, and the implicit step with one: the key and the coefficient are still shared."""
+    from parallelflow.drivers import delta_product, delta_rule, gated_delta_rule
+    from parallelflow.problem import canonical
+
+    plain = make_inputs("gated_delta_rule", SIZES)
+    rows = make_inputs("delta_product", SIZES)
+    cases = [(delta_rule(plain["key"], plain["value"], plain["beta"]), scheme) for scheme in FROZEN]
+    cases += [(delta_product(rows["key"], rows["value"], rows["beta"]), scheme) for scheme in FROZEN]
+    cases += [
+        (gated_delta_rule(plain["key"], plain["value"], plain["beta"], plain["log_decay"]), scheme)
+        for scheme in ("euler", "backward_euler")
+    ]
+    for driver, scheme in cases:
+        for step in (None, 0.5, torch.rand(2, 7, dtype=F64), torch.rand(2, 7, 2, dtype=F64)):
+            stepped = pf.discretize(driver, Discretization(scheme, step=step))
+            (row,) = stepped.rows
+            assert row.read.vector is row.write is driver.rows[0].write, scheme
+            assert row.value.vector is driver.rows[0].value.vector
+            assert row.read.coefficient is row.value.coefficient
+            assert canonical(stepped, plain["query"], None, None)[1].tied
+
+
+@pytest.mark.parametrize("scheme", FROZEN)
+@pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule", "kimi_delta_attention", "rwkv7", "delta_product"])
+def test_narrow_inputs(name, scheme):
+    """float32 and bfloat16 stay within what the rounding of inputs, rows and output makes."""
+    inputs = make_inputs(name, SIZES._replace(length=40, key_size=16, value_size=16))
+    call = getattr(pf, name)
+    for dtype, budget in ((torch.float32, 4e-6), (torch.bfloat16, 2e-2)):
+        narrow = {n: x.to(dtype) for n, x in inputs.items()}
+        exact = call(**{n: x.double() for n, x in narrow.items()}, discretization=scheme).output
+        output = call(**narrow, discretization=scheme).output
+        assert output.dtype == dtype
+        assert ((output.double() - exact).norm() / exact.norm()) <= budget
+
+
+@pytest.mark.parametrize("scheme", FROZEN)
+@pytest.mark.parametrize("splitting", [None, "strang"])
+def test_decays_of_any_strength(scheme, splitting):
+    """From -1e-6 to -100 and resets: finite, with finite gradients; a reset token writes as if on an empty state."""
+    vector = splitting is not None
+    name = "kimi_delta_attention" if vector else "gated_delta_rule"
+    inputs = make_inputs(name, SIZES._replace(length=24))
+    generator = torch.Generator().manual_seed(1)
+    pick = torch.randint(0, 4, inputs["log_decay"].shape, generator=generator)
+    inputs["log_decay"] = torch.tensor([-1e-6, -1.0, -100.0, -torch.inf], dtype=F64)[pick]
+    inputs["log_decay"][:, 12] = -torch.inf
+    leaves = require_grad(inputs)
+    chosen = Discretization(scheme, splitting)
+    output = getattr(pf, name)(**leaves, discretization=chosen).output
+    assert output.isfinite().all()
+    for what, gradient in gradients([output], leaves).items():
+        assert gradient.isfinite().all(), what
+    fresh = {n: x[:, 12:].clone() for n, x in inputs.items()}
+    fresh["log_decay"][:, 0] = 0
+    assert_close(getattr(pf, name)(**fresh, discretization=chosen).output, output[:, 12:], 1e-12)
+
+
+def test_zero_keys_have_gradients():
+    """X = 0, where φ1's quotient is 0 / 0."""
+    for scheme in FROZEN:
+        inputs = tokens()
+        inputs["key"] = torch.zeros_like(inputs["key"])
+        leaves = require_grad(inputs)
+        for gradient in gradients([pf.delta_rule(**leaves, discretization=scheme).output], leaves).values():
+            assert gradient.isfinite().all()
+        assert gradients([pf.delta_rule(**leaves, discretization=scheme).output], leaves)["key"].any()
+
+
+# --- it runs everywhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule", "rwkv7", "low_rank-3-scalar-simultaneous", "low_rank-3-vector-sequential"]
+)
+def test_every_solver_and_aggregate(name):
+    driver, query = DRIVERS[name]
+    splitting = "strang" if driver.log_decay.ndim == 4 else None
+    chosen = Discretization("exact", splitting)
+    expected = reference(driver, query, state_of(), "exact", splitting, 0.5)[0]
+    for solver in SOLVERS:
+        for aggregate in AGGREGATES:
+            options = {"solver": solver, "aggregate": aggregate, "chunk_size": 3}
+            found = pf.integrate(driver, query, discretization=chosen, initial_state=state_of(), **options).output
+            assert_close(found, expected, 1e-12, f"{solver}, {aggregate}")
+
+
+@pytest.mark.parametrize("scheme", FROZEN)
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule", "rwkv7", "delta_product", "kimi_delta_attention", "low_rank_flow"]
+)
+def test_gradients(name, scheme):
+    inputs = make_inputs(name, Sizes(1, 3, 1, 2, 2, 1, 2), seed=3)
+    decays = inputs["log_decay"].ndim == 4
+    chosen = Discretization(scheme, "strang" if decays else None, step=0.7)
+    leaves = list(require_grad(inputs).values())
+
+    def run(*tensors):
+        named = dict(zip(inputs, tensors, strict=True))
+        return getattr(pf, name)(**named, discretization=chosen, return_final_state=True)[:2]
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def test_gradients_with_respect_to_the_step():
+    driver, query = DRIVERS["gated_delta_rule"]
+    step = torch.rand(2, 7, dtype=F64).requires_grad_()
+    for scheme in FROZEN:
+        run = lambda h, scheme=scheme: pf.integrate(driver, query, discretization=Discretization(scheme, step=h)).output  # noqa: E731
+        assert torch.autograd.gradcheck(run, step, fast_mode=True)
+
+
+def test_packed_sequences_states_and_single_steps():
+    inputs = tokens(length=8)
+    inputs = {n: x[:1] for n, x in inputs.items()}
+    bounds = torch.tensor([0, 3, 8])
+    whole = pf.delta_rule(**inputs, discretization="cayley", cu_seqlens=bounds, return_final_state=True)
+    parts = [
+        pf.delta_rule(**{n: x[:, a:b] for n, x in inputs.items()}, discretization="cayley", return_final_state=True)
+        for a, b in ((0, 3), (3, 8))
+    ]
+    assert_close(whole.output, torch.cat([p.output for p in parts], 1), 1e-14)
+    single = pf.delta_rule(**inputs, discretization="cayley", state_positions=[3, 5], return_final_state=True)
+    state = torch.zeros(1, 2, 5, 3, dtype=F64)
+    outputs = []
+    for t in range(8):
+        token = {n: x[:, t] for n, x in inputs.items()}
+        chosen = Discretization("cayley", step=torch.ones(1, 1, dtype=F64))
+        output, state = pf.step.delta_rule(**token, state=state, discretization=chosen)
+        outputs.append(output)
+        if t + 1 in (3, 5):
+            assert_close(single.states[:, (3, 5).index(t + 1)], state, 1e-14)
+    assert_close(single.output, torch.stack(outputs, 1), 1e-14)
+
+
+def test_under_function_transforms_and_the_compiler():
+    inputs = make_inputs("rwkv7", SIZES)
+    run = lambda x: pf.rwkv7(**x, discretization=Discretization("exact", "strang")).output  # noqa: E731
+    expected = run(inputs)
+    assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(inputs), expected, 1e-13)
+    each = {n: x[:, None] for n, x in inputs.items()}
+    assert_close(torch.func.vmap(run)(each)[:, 0], expected, 1e-13)
+
+
+def test_autocast_leaves_the_small_matrices_alone():
+    inputs = {n: x.float() for n, x in make_inputs("rwkv7", SIZES).items()}
+    driver = pf.functional.drivers.rwkv7(**{n: x for n, x in inputs.items() if n != "query"})
+    expected = pf.discretize(driver, "exact").rows[0].read.vector
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pf.discretize(driver, "exact").rows[0].read.vector, expected)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        (lambda: "magnus4", ValueError, "discretization: got 'magnus4' with a driver.*DriverSource"),
+        (lambda: "exakt", ValueError, "discretization: got 'exakt'.*did you mean 'exact'"),
+        (lambda: 4, TypeError, "discretization: got int, expected a Discretization"),
+        (lambda: Discretization("exact", "strang"), ValueError, "splitting: got 'strang' with no decay or one a head"),
+        (lambda: Discretization("exact", "halves"), ValueError, "splitting: got 'halves'"),
+        (lambda: Discretization("exact", node="left"), ValueError, "node: got 'left' with a driver"),
+        (lambda: Discretization("exact", step="1"), TypeError, "step: got '1', expected a number"),
+        (lambda: Discretization("exact", step=torch.ones(2)), ValueError, r"step: got shape \[2\]"),
+        (lambda: Discretization("exact", step=torch.ones(2, 8)), ValueError, r"step: got shape \[2, 8\]"),
+        (lambda: Discretization("exact", step=torch.ones(2, 9, 3)), ValueError, r"step: got shape \[2, 9, 3\]"),
+        (lambda: Discretization("exact", step=torch.ones(2, 9).int()), TypeError, "step: got dtype torch.int32"),
+        (lambda: Discretization("magnus4", splitting="lie"), ValueError, "splitting: got 'lie' with 'magnus4'"),
+    ],
+)
+def test_errors(chosen, error, message):
+    with pytest.raises(error, match=message):
+        pf.delta_rule(**tokens(), discretization=chosen())
+
+
+@pytest.mark.parametrize("model", [pf.longhorn, pf.efla])
+def test_models_that_are_a_discretisation_take_no_other(model):
+    with pytest.raises(ValueError, match="discretization: got 'rk4', expected none"):
+        model(**tokens(), discretization="rk4")
+
+
+def test_shapes_are_checked_first():
+    driver, query = DRIVERS["rwkv7"]
+    wrong = LowRankDriver(driver.rows, driver.log_decay[:, :5], reads="raw")
+    with pytest.raises(ValueError, match=r"log_decay: got shape \[2, 5, 2, 4\]"):
+        pf.integrate(wrong, query, discretization="exact")
+
+
+def test_a_kernel_that_cannot_says_so():
+    """Several rows a token run on the torch backend; a forced kernel backend says what it lacks."""
+    inputs = {n: x.float() for n, x in make_inputs("low_rank_flow", SIZES, decay="none").items()}
+    with pytest.raises(ValueError, match="backend: got 'triton' with"):
+        pf.low_rank_flow(**inputs, discretization="exact", backend="triton")

@@ -16,7 +16,7 @@ from parallelflow.discretizations.euler import Euler
 from parallelflow.discretizations.exact import Exact
 from parallelflow.discretizations.magnus import magnus4
 from parallelflow.discretizations.rk4 import RungeKutta4
-from parallelflow.discretizations.rows import compute_dtype, rescaled
+from parallelflow.discretizations.rows import compute_dtype, rescaled, value_heads
 from parallelflow.discretizations.source import DriverSource
 from parallelflow.discretizations.splitting import commuting, lie, strang
 from parallelflow.drivers.base import LowRankDriver, Row
@@ -151,15 +151,14 @@ def over_step(driver: LowRankDriver, step: float | Tensor) -> LowRankDriver:
         step = torch.as_tensor(step, dtype=dtype, device=driver.rows[0].write.device).expand(batch, time)
     if tuple(step.shape[:2]) != (batch, time):
         raise ValueError(f"step: got shape {show(step)}, expected [B, T] = [{batch}, {time}] first")
-    step = step.unsqueeze(-1) if step.ndim == 2 else step
+    heads = value_heads(driver)
+    if step.ndim == 2:
+        step = step.unsqueeze(-1).expand(-1, -1, heads)
+    if step.shape[2] != heads:
+        raise ValueError(f"step: got shape {show(step)}, expected [B, T] or [B, T, HV] = [{batch}, {time}, {heads}]")
 
     def scaled(row: Row) -> Row:
-        factors = [row.read, row.value]
-        axis = row.write.ndim - 2
-        heads = max(1 if f is None else f.vector.shape[axis] for f in factors)
-        heads = max(heads, *(f.coefficient.shape[axis] for f in factors if f is not None and f.coefficient is not None))
-        number = step if step.shape[-1] != 1 else step.expand(-1, -1, heads)
-        number = number.unsqueeze(2).expand(*row.write.shape[:3], -1) if row.write.ndim == 5 else number
+        number = step.unsqueeze(2).expand(*row.write.shape[:3], -1) if row.write.ndim == 5 else step
         return rescaled(row, number, number)
 
     decay = driver.log_decay
