@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
-from parallelflow.autograd import Setting, run
+from parallelflow.autograd import run
 from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
@@ -126,7 +126,7 @@ def integrate(
              "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
-    inputs, traits = canonical(driver, query, initial_state, scale)
+    inputs, traits, decided = canonical(driver, query, initial_state, scale)
     checking = _may_read(query) if validate is None else validate
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
@@ -134,10 +134,14 @@ def integrate(
             "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
         )
     if query.shape[1] == 1 and cu_seqlens is None:
-        output, final = advance(inputs, traits)
+        output, final = advance(inputs.stacked(), traits)
     else:
-        plan = Plan(int(chunk_size), solver, aggregate)
-        output, final = run(inputs, Setting(traits, plan, starts, _choose(backend, inputs, traits, plan)), cu_seqlens)
+        choice = (backend, chunk_size, solver, aggregate)
+        if choice not in decided:
+            plan = Plan(int(chunk_size), solver, aggregate)
+            decided[choice] = plan, _choose(backend, inputs, traits, plan)
+        plan, tier = decided[choice]
+        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier)
     return Result(output, final if return_final_state else None)
 
 
@@ -253,7 +257,7 @@ def _with_states(
 
     On packed sequences a position counts tokens of the line; its state is that of the sequence it ends in.
     """
-    inputs, _ = canonical(driver, query, initial_state, None)
+    inputs = canonical(driver, query, initial_state, None).inputs
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
     time = query.shape[1]
     try:
