@@ -3,6 +3,8 @@
 All are called alike, with hidden states ``[B, T, D]``; see ``Layer``.
 """
 
+from parallelflow.nn.attention import KeysAndValues, SoftmaxAttention
+from parallelflow.nn.block import Block, GatedMLP
 from parallelflow.nn.comba import Comba
 from parallelflow.nn.delta_net import DeltaNet
 from parallelflow.nn.delta_product import DeltaProduct
@@ -10,19 +12,29 @@ from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.gated_linear_attention import GatedLinearAttention
 from parallelflow.nn.kimi_delta_attention import KimiDeltaAttention
 from parallelflow.nn.layer import Layer, Memory, Mixed
+from parallelflow.nn.low_rank_flow import LowRankFlow
 from parallelflow.nn.mamba2 import Mamba2
+from parallelflow.nn.registry import LAYERS, layer_options, make_layer
 from parallelflow.nn.rwkv7 import RWKV7
 
 __all__ = [
-    "Comba",
     "DeltaNet",
-    "DeltaProduct",
     "GatedDeltaNet",
-    "GatedLinearAttention",
+    "DeltaProduct",
     "KimiDeltaAttention",
-    "Layer",
-    "Mamba2",
-    "Memory",
-    "Mixed",
     "RWKV7",
+    "GatedLinearAttention",
+    "Mamba2",
+    "Comba",
+    "LowRankFlow",
+    "SoftmaxAttention",
+    "Block",
+    "GatedMLP",
+    "Layer",
+    "Memory",
+    "KeysAndValues",
+    "Mixed",
+    "LAYERS",
+    "layer_options",
+    "make_layer",
 ]

@@ -31,8 +31,6 @@ class DeltaProduct(GatedDeltaNet):
 
     def flow(self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> AnyResult:
         beta = self.beta(hidden_states).unflatten(-1, (self.rows, -1))
-        if self.rows == 1:
-            key, value = key.unsqueeze(2), value.unsqueeze(2)
         return delta_product(
             query, key, value, beta, self.log_decay(hidden_states), normalize_query_key=True, **options
         )  # fmt: skip

@@ -29,7 +29,8 @@ class QueryKeyValueLayer(Layer):
         conv_bias: whether the convolutions have a bias.
         output_gate: σ, ``"silu"`` or ``"sigmoid"``; None is no gate.
         low_rank_gate: whether g_proj is a product through V channels (``g_proj.0``, ``g_proj.1``), or one matrix.
-        rows: R, keys and values a token.
+        rows: R, values a token; given, keys and values have an axis for it.
+        key_rows: keys a token; None is R.
         norm_eps: of the norm over each head's output.
         engine: see ``Layer``.
 
@@ -49,7 +50,8 @@ class QueryKeyValueLayer(Layer):
         conv_bias: bool = False,
         output_gate: str | None = None,
         low_rank_gate: bool = False,
-        rows: int = 1,
+        rows: int | None = None,
+        key_rows: int | None = None,
         norm_eps: float = 1e-5,
         engine: Options | None = None,
     ) -> None:
@@ -57,13 +59,15 @@ class QueryKeyValueLayer(Layer):
         self.num_heads, self.num_value_heads = num_heads, num_heads if num_value_heads is None else num_value_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
-        self.rows = rows
-        for name in ("hidden_size", "num_heads", "num_value_heads", "head_dim", "value_head_dim", "rows"):
+        self.rows = 1 if rows is None else rows
+        self.key_rows = self.rows if key_rows is None else key_rows
+        self.stacked = rows is not None
+        for name in ("hidden_size", "num_heads", "num_value_heads", "head_dim", "value_head_dim", "rows", "key_rows"):
             expect_positive_integer(name, getattr(self, name))
         if self.num_value_heads % num_heads:
             raise ValueError(f"num_value_heads: got {self.num_value_heads}, expected a multiple of {num_heads} heads")
         key_size, value_size = num_heads * self.head_dim, self.num_value_heads * self.value_head_dim
-        self.sizes = [key_size, rows * key_size, rows * value_size]
+        self.sizes = [key_size, self.key_rows * key_size, self.rows * value_size]
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, size, bias=False) for size in self.sizes)
         if conv_size:
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (depthwise(n, conv_size, conv_bias) for n in self.sizes)
@@ -96,11 +100,11 @@ class QueryKeyValueLayer(Layer):
                 inputs, weight, bias, window=window, cu_seqlens=sequences.cu_seqlens
             )  # one for all channels
         query, key, value = self.activate(inputs).split(self.sizes, -1)
-        rows = () if self.rows == 1 else (self.rows,)
+        key_rows, rows = ((self.key_rows,), (self.rows,)) if self.stacked else ((), ())
         result = self.flow(
             hidden_states,
             query.unflatten(-1, (self.num_heads, self.head_dim)),
-            key.unflatten(-1, (*rows, self.num_heads, self.head_dim)),
+            key.unflatten(-1, (*key_rows, self.num_heads, self.head_dim)),
             value.unflatten(-1, (*rows, self.num_value_heads, self.value_head_dim)),
             **self.options(state, sequences),
         )

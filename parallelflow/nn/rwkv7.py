@@ -48,21 +48,21 @@ class RWKV7(Layer):
 
     With ``x'`` the token before and ``x_* = x + μ_* ⊙ (x' - x)``:
     ``r, k, v = W x_r, W x_k, W x_v``, ``w = -e^{-1/2} sigmoid(w_lora(x_w))``, ``a = sigmoid(a_lora(x_a))``,
-    ``κ`` the normalised ``k ⊙ k_k``, ``k ← k ⊙ (1 + (a - 1) ⊙ k_a)``; in all layers but the first,
+    ``κ`` the normalised ``k ⊙ k_k``, ``k ← k ⊙ (1 + (a - 1) ⊙ k_a)``; with a value residual
     ``v ← v + (v_first - v) ⊙ sigmoid(v_lora(x_v))``. Then
     ``o_t = S_tᵀ r_t``, and the output is ``W_o ((groupnorm(o) + (r ⊙ r_k ⊙ k summed over a head) v) ⊙ g_lora(x_g))``.
 
     Args:
         hidden_size: D.
         head_dim: K = V.
-        layer_index, num_layers: where in the model the layer stands: the first (0) has no ``v_lora``, and initial
-            values depend on both.
+        layer_index, num_layers: where in the model the layer stands; initial values depend on both.
+        value_residual: whether values are mixed with those of the model's first such layer; None: in all but layer 0.
         decay_rank, rate_rank, value_rank, gate_rank: of ``w_lora``, ``a_lora``, ``v_lora``, ``g_lora``; None: the
             published ranks for this D and K.
         norm_eps: times ``head_dim``, the group norm's.
         engine: see ``Layer``.
 
-    Called with ``first_value [B, T, D]`` as well, in all layers but the first; returns ``MixedWithValue``.
+    With a value residual it is called with ``first_value [B, T, D]`` as well. Returns ``MixedWithValue``.
 
     Source: Peng et al. 2025, arXiv 2503.14456; names of flash-linear-attention's ``RWKV7Attention``.
     """
@@ -78,6 +78,7 @@ class RWKV7(Layer):
         head_dim: int = 64,
         layer_index: int = 0,
         num_layers: int = 1,
+        value_residual: bool | None = None,
         decay_rank: int | None = None,
         rate_rank: int | None = None,
         value_rank: int | None = None,
@@ -91,6 +92,7 @@ class RWKV7(Layer):
             raise ValueError(f"head_dim: got {head_dim}, expected a divisor of hidden_size = {hidden_size}")
         self.num_heads, self.head_dim = hidden_size // head_dim, head_dim
         self.layer_index, self.num_layers = layer_index, num_layers
+        self.value_residual = layer_index > 0 if value_residual is None else value_residual
         self.r_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4)
         )
@@ -102,7 +104,7 @@ class RWKV7(Layer):
         growth = head_dim / 64
         self.w_lora = lora(decay_rank, 2.5 * growth, nn.Tanh())
         self.a_lora = lora(rate_rank, 2.5 * growth, nn.Identity())
-        if layer_index:
+        if self.value_residual:
             self.v_lora = lora(value_rank, 1.7 * growth, nn.Identity())
         self.g_lora = lora(gate_rank, 5, nn.Sigmoid(), bias=False)
         self.g_norm = nn.GroupNorm(self.num_heads, hidden_size, eps=head_dim * norm_eps)
@@ -122,7 +124,7 @@ class RWKV7(Layer):
         values["r_k"] = torch.full((self.num_heads, self.head_dim), -0.04)
         values["w_lora.lora.2.bias"] = -6 + 6 * line ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
         values["a_lora.lora.2.bias"] = -0.19 + 0.3 * zigzag + 0.4 * slope
-        if index:
+        if self.value_residual:
             values["v_lora.lora.2.bias"] = 0.73 - 0.4 * slope
         for name, module in self.named_children():
             if isinstance(module, LowRank):
@@ -148,10 +150,10 @@ class RWKV7(Layer):
         shares = {name: self.get_parameter(f"x_{name}").to(change.dtype) for name in SHIFT_POWERS}
         shifted = {name: torch.addcmul(hidden_states, change, share) for name, share in shares.items()}
         query, key, value = self.r_proj(shifted["r"]), self.k_proj(shifted["k"]), self.v_proj(shifted["v"])
-        if self.layer_index == 0:
+        if not self.value_residual:
             first_value = value
         elif first_value is None:
-            raise ValueError("first_value: got None, expected the first layer's, as later layers mix it in")
+            raise ValueError("first_value: got None, expected the model's first layer's: this one mixes it in")
         else:
             value = torch.lerp(value, first_value, self.v_lora(shifted["v"]).sigmoid())
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
