@@ -15,21 +15,21 @@ PACKAGE = ROOT / "parallelflow"
 
 LADDER: tuple[tuple[str, ...], ...] = (
     ("checks", "lanes", "decays"),  # errors; runs of chunks; exponents inside a chunk
-    ("flow", "windows"),
+    ("flow", "windows", "solvers"),
     ("drivers",),
     ("problem",),
     ("system", "discretizations"),
-    ("solvers", "aggregate", "readout"),
+    ("aggregate",),
     ("kernels", "torch_backend", "recurrence"),
     ("autograd",),
     ("integrate",),
     ("functional",),
-    ("step",),
-    ("nn", "paths"),
+    ("step", "paths"),
+    ("nn",),
     ("models",),
     ("compat", "cli"),
 )
-"""flow <- drivers <- discretizations <- {solvers, aggregate, readout} <- kernels <- integrate <- functional <- nn <- models
+"""flow <- drivers <- discretizations <- system <- aggregate <- kernels <- integrate <- functional <- nn <- models
 <- {compat, cli}, with the small parts between: a part imports from the steps before its own only, and never from a part
 beside it."""
 
