@@ -246,7 +246,7 @@ def test_errors():
     layer = GatedDeltaNet(WIDTH, num_heads=2)
     with pytest.raises(ValueError, match=r"hidden_states: got shape \[2, 3, 8\], expected \[B, T, D\] with D = 16"):
         layer(torch.zeros(2, 3, 8))
-    with pytest.raises(TypeError, match="hidden_states: got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"hidden_states: got dtype torch.int64"):
         layer(torch.zeros(2, 3, WIDTH, dtype=torch.int64))
     with pytest.raises(ValueError, match="attention_mask: got one together with cu_seqlens"):
         layer(torch.zeros(1, 3, WIDTH), attention_mask=torch.ones(1, 3), cu_seqlens=torch.tensor([0, 3]))
@@ -256,7 +256,7 @@ def test_errors():
         GatedDeltaNet(WIDTH, num_heads=2, num_value_heads=3)
     with pytest.raises(ValueError, match="activation: got 'relu'"):
         GatedDeltaNet(WIDTH, num_heads=2, output_gate="relu")
-    with pytest.raises(ValueError, match="layer: got 'gated_deltanet'.*did you mean 'gated_delta_net'"):
+    with pytest.raises(ValueError, match=r"layer: got 'gated_deltanet'.*did you mean 'gated_delta_net'"):
         make_layer("gated_deltanet", WIDTH)
     with pytest.raises(TypeError, match="num_head: mamba2 has no such option"):
         make_layer("mamba2", WIDTH, num_head=2)
