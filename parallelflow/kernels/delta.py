@@ -64,7 +64,6 @@ def _contiguous(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@torch.no_grad()
 def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None, *, tied: bool,
             scale: float, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
             cu_seqlens_host: Tensor | None = None, need_final_state: bool = False, save_for_backward: bool = False,
@@ -87,7 +86,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     return output, final_state, saved
 
 
-@torch.no_grad()
 def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None,
              saved: list[Tensor], d_output: Tensor, d_final_state: Tensor | None, *, tied: bool, scale: float,
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
