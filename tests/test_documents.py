@@ -31,7 +31,7 @@ def test_the_code_of_the_readme_runs():
     assert names["output"].shape == names["value"].shape
 
 
-@pytest.mark.parametrize("page", ["layers.md"])
+@pytest.mark.parametrize("page", ["layers.md", "discretizations.md", "continuous_time.md"])
 def test_the_code_of_a_page_runs(page):
     run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
 
@@ -64,7 +64,17 @@ def test_the_map_is_of_this_code():
     assert mapped == there
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/layers.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/layers.md",
+        "docs/discretizations.md",
+        "docs/continuous_time.md",
+    ],
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
