@@ -51,6 +51,16 @@ def _preparation(tier: str, query: Tensor, key: Tensor, chunks: Chunks):
     return prepare
 
 
+def _gradient(tier: str, query: Tensor, value: Tensor, chunks: Chunks):
+    """The tier's `gradient`; the portable one where Hopper's does not fit."""
+    if tier == "hopper":
+        from .hopper import gradient as hopper
+
+        if hopper.fits(query, value, chunks):
+            return hopper.gradient
+    return gradient
+
+
 def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
     """How the line is cut."""
     batch, time = query.shape[:2]
@@ -120,7 +130,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
             initial_gradient=initial_state is not None or piece is not pieces[0], d_value=dv)  # fmt: skip
         if together:
             rejoin(query.device)
-        gradient(
+        _gradient(tier, q, do, piece.layout)(
             q, k, b, g, do, r, dv, piece.chunks_of(entry_states), exit_gradients, part, piece.layout, scale=scale,
             into=Gradients(*into))  # fmt: skip
         del exit_gradients  # before the next piece takes as much
