@@ -15,7 +15,7 @@ from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import Setting, run
 from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
-from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical
+from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
 from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
@@ -118,7 +118,7 @@ def integrate(
         )  # fmt: skip
     driver, query = _autocast(driver, query)
     inputs, traits = canonical(driver, query, initial_state, scale)
-    checking = _may_read(query) if validate is None else validate
+    checking = may_read(query) if validate is None else validate
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
         raise ValueError(
@@ -151,15 +151,6 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     if why is not None:
         raise ValueError(f"backend: got {backend!r} with {why}")
     return backend
-
-
-def _may_read(query: Tensor) -> bool:
-    """Whether values can be looked at for free: eager, on the CPU, outside function transforms."""
-    return (
-        query.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _sequence_starts(

@@ -85,6 +85,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether values can be looked at for free: eager, on the CPU, outside function transforms."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def sizes_of(inputs: Inputs) -> Sizes:
     """Read off the tensors."""
     dtype = torch.float32

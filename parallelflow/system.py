@@ -1,12 +1,21 @@
-"""The triangular systems of a window's chunks: built from the tokens, and gradients pulled back to the tokens.
+"""The linear system of every chunk of a window: built from the tokens, and gradients pulled back to the tokens.
 
-In the notation of THEORY, section 3: G (``gram``), Cq (``scores``), Ā (``reads``), B̂ (``writes``), Q ⊙ e^c
-(``queries``), Λ (``total``), U (``source``). Rows that only write need no place in the triangular solve: theirs is a
-family of its own, ``Lone``.
+A chunk has *readers*, rows that see its entry state: the rows that read and, after them, the queries; and *writers*,
+rows whose values go into its exit state: the rows that read and, after them, those that only write. In the notation of
+THEORY, section 3, with u the values of the rows that only write:
+
+    seen  = [Ā; Q ⊙ e^c] S_0                       the readers
+    X     = T (U + seen_reads + G_lone u),         T = (I - G)⁻¹
+    O     = seen_queries + Cq [X; u]
+    S_1   = Λ S_0 + B̂ᵀ [X; u]                      the writers
+
+``gram`` is ``[[G, G_lone], [Cq]]``, how the readers see the writers. Turned around in time, with the two exchanged and
+the matrices transposed, the same equations carry the adjoints (THEORY, section 6).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,50 +23,107 @@ from torch import Tensor
 
 from parallelflow.decays import (
     Decay,
+    Family,
     NoDecay,
     Rows,
     ScalarDecay,
     Scaled,
     VectorDecay,
     accurate,
+    product_onto,
     scale_rows,
     sum_to_heads,
     to_heads,
 )
 from parallelflow.problem import Inputs, Sizes, Traits
+from parallelflow.solvers import Factorisation
 from parallelflow.windows import Window
 
 
-class Reading(NamedTuple):
-    """The rows that read, n = C·R a chunk: ``gram [M, HV, n, n]`` in the accurate dtype, ``scores [M, HV, C, n]``,
-    ``source [M, HV, n, V]`` (None is 0). ``reads`` and ``writes`` of a gradient are in their dense form."""
+@dataclass(frozen=True)
+class System:
+    """The equations above for M chunks; n rows read, C are queries, m only write.
 
-    reads: Scaled
-    writes: Scaled
-    gram: Tensor
-    scores: Tensor
-    source: Tensor | None
-
-
-class Lone(NamedTuple):
-    """The rows that only write, m = C·R a chunk: ``scores [M, HV, C, m]``, ``values [M, HV, m, V]``, and ``gram
-    [M, HV, n, m]``, how the reading rows see them (None where there are none)."""
-
-    writes: Scaled
-    scores: Tensor
-    values: Tensor
-    gram: Tensor | None
-
-
-class System(NamedTuple):
-    """What a window's chunks need to be solved; the same type holds the gradients of all that.
-
-    ``total`` is Λ, ``[M, HV]`` or ``[M, HV, K]``; of a gradient, ``diag(dS_out S_0ᵀ) [M, HV, K]``.
+    ``readers [M, HV, n + C, K]``, ``writers [M, HV, n + m, K]``, ``gram [M, HV, n + C, n + m]``; ``factors`` solves with
+    I - G (None: n = 0); ``source`` U ``[M, HV, n, V]`` (None is 0); ``given`` u ``[M, HV, m, V]`` (None: m = 0);
+    ``total`` Λ is None (1), ``[M, HV]`` or ``[M, HV, K]``.
     """
 
-    queries: Scaled
-    reading: Reading | None
-    lone: Lone | None
+    readers: Scaled
+    writers: Scaled
+    gram: Tensor
+    factors: Factorisation | None
+    source: Tensor | None
+    given: Tensor | None
+    total: Tensor | None
+
+    @property
+    def solved(self) -> int:
+        """n: rows whose values are solved for."""
+        return self.gram.shape[-1] - (0 if self.given is None else self.given.shape[-2])
+
+    def answer(self, seen: Tensor | None, index: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the chunks at ``index`` write, ``[X; u]``, and O (None without queries), from what their readers see
+        (None is 0; given up). Where there is neither source nor given, something must be seen."""
+        n, gram = self.solved, self.gram[index]
+        given = None if self.given is None else self.given[index]
+        written = given
+        if self.factors is not None:
+            right = None if seen is None else seen[:, :, :n]
+            if given is not None:
+                right = product_onto(right, gram[:, :, :n, n:], given)
+            if self.source is not None:
+                right = self.source[index] if right is None else right + self.source[index]
+            assert right is not None
+            solution = self.factors[index].apply(right)
+            written = solution if given is None else torch.cat((solution, given), -2)
+        assert written is not None
+        if gram.shape[-2] == n:
+            return written, None
+        return written, product_onto(None if seen is None else seen[:, :, n:], gram[:, :, n:], written)
+
+    def without_queries(self) -> System:
+        """The same states with nothing said."""
+        return replace(self, readers=self.readers.first(self.solved), gram=self.gram[:, :, : self.solved])
+
+    def transposed(self, d_output: Tensor) -> System:
+        """The equations of the adjoints, dO given ``[M, HV, C, V]``: they write ``[dU; dO]`` and say du."""
+        return System(
+            readers=self.writers,
+            writers=self.readers,
+            gram=self.gram.transpose(-1, -2),
+            factors=None if self.factors is None else self.factors.transposed(),
+            source=None,
+            given=d_output,
+            total=self.total,
+        )
+
+    def take(self, index: Tensor) -> System:
+        """The same chunks in another order."""
+
+        def taken(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return System(
+            readers=self.readers.at(index),
+            writers=self.writers.at(index),
+            gram=self.gram[index],
+            factors=None if self.factors is None else self.factors[index],
+            source=taken(self.source),
+            given=taken(self.given),
+            total=taken(self.total),
+        )
+
+
+class Gradients(NamedTuple):
+    """What the tokens' gradients are pulled from: those of the dense readers and writers, of ``gram``, of ``source``
+    and ``given``, and ``diag(dS_out S_0ᵀ) [M, HV, K]``."""
+
+    readers: Tensor
+    writers: Tensor
+    gram: Tensor
+    source: Tensor | None
+    given: Tensor | None
     total: Tensor | None
 
 
@@ -142,20 +208,27 @@ class Chunks:
         self.lone_write = factored(inputs.lone_write, None, 1)
         self.lone_value = factored(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
 
-        size = window.chunk_size
-        tokens = torch.arange(size, device=device)
-        self.of_query = Rows(tokens)
-        self.of_reads = Rows(tokens.repeat_interleave(len(traits.positions)), traits.raw)
-        self.of_writes = self.of_reads._replace(raw=False)
-        self.of_lone = Rows(tokens.repeat_interleave(len(traits.lone_positions)))
-        # Who precedes whom: by token, or by place in the order of all rows.
-        rows, lone = self.of_reads.tokens, self.of_lone.tokens
-        self.seen, self.lone_seen = tokens[:, None] >= rows, tokens[:, None] >= lone
+        size, reads, lone = window.chunk_size, len(traits.positions), len(traits.lone_positions)
+        reading = () if self.read is None else (Family(reads, traits.raw),)
+        writing = () if self.read is None else (Family(reads),)
+        self.of = Rows(size, (*reading, Family(1)), device)
+        self.to = Rows(size, (*writing, *(() if self.lone_write is None else (Family(lone),))), device)
+        self.solved = size * reads if self.read is not None else 0
+        self.readers = _stack([None if self.read is None else self.read.rows, query.vectors])
+        self.writers = _stack([each and each.vectors for each in (self.write, self.lone_write)])
+        self.scalars: Tensor | None = None
+        if self.read is not None and self.read.scalars is not None:
+            self.scalars = torch.nn.functional.pad(self.read.scalars, (0, size), value=1)
+
+        # Who precedes whom: by token, or by place in the order of all rows; a query comes after all rows of its token.
+        early, late = self.to.tokens, self.of.tokens
         if traits.sequential:
-            rows = rows * traits.rank + torch.tensor(traits.positions, dtype=torch.long, device=device).repeat(size)
-            places = torch.tensor(traits.lone_positions, dtype=torch.long, device=device)
-            lone = lone * traits.rank + places.repeat(size)
-        self.precedes, self.lone_precedes = rows[:, None] > rows, rows[:, None] > lone
+            places = torch.tensor([*traits.positions, *traits.lone_positions], device=device)
+            early = early * traits.rank + torch.cat([part.repeat(size) for part in places.split([reads, lone])])
+            late = torch.cat((early[: self.solved], late[self.solved :] * traits.rank + traits.rank))
+        else:
+            late = torch.cat((late[: self.solved], late[self.solved :] + 1))
+        self.precedes = late[:, None] > early
 
     def _decay(self) -> Decay:
         log_decay, dtype = self.inputs.log_decay, self.sizes.compute_dtype
@@ -165,88 +238,58 @@ class Chunks:
             return ScalarDecay(self.window.cut(log_decay[:, :, None, :, None]).squeeze(-1).to(dtype))
         return VectorDecay(self.window.cut(log_decay.unsqueeze(2)).to(dtype))
 
-    def system(self) -> System:
-        """The chunks' systems."""
-        decay, query = self.decay, self.query.vectors
-        reading = lone = None
-        if self.read is not None:
-            assert self.write is not None
-            read, write, scalars = self.read.rows, self.write.vectors, self.read.scalars
-            reading = Reading(
-                reads=decay.from_start(self.of_reads, read, scalars),
-                writes=decay.to_end(self.of_writes, write),
-                gram=self._gram(read, scalars, write),
-                scores=decay.gram(query, None, write, self.of_query, self.of_writes, self.seen),
-                source=None if self.value is None else self.value.values,
-            )
-        if self.lone_write is not None:
-            assert self.lone_value is not None
-            write, gram = self.lone_write.vectors, None
-            if self.read is not None:
-                order = (self.of_reads, self.of_lone, self.lone_precedes)
-                gram = decay.gram(self.read.rows, self.read.scalars, write, *order)
-            lone = Lone(
-                writes=decay.to_end(self.of_lone, write),
-                scores=decay.gram(query, None, write, self.of_query, self.of_lone, self.lone_seen),
-                values=self.lone_value.values,
-                gram=gram,
-            )
-        return System(decay.from_start(self.of_query, query, None), reading, lone, decay.total())
+    def gram(self) -> Tensor:
+        """How the readers see the writers, ``[M, HV, n + C, n + m]``."""
+        return self.decay.gram(self.readers, self.scalars, self.writers, self.of, self.to, self.precedes)
 
-    def _gram(self, read: Tensor, scalars: Tensor | None, write: Tensor) -> Tensor:
-        """G in the accurate dtype: with β near 2 and correlated keys the entries of ``(I - G)⁻¹`` alternate and do not
-        decay, so that an error of G in float32 would be n times that of the recurrence."""
-        wide = accurate(read.device)
-        wide_scalars = None if scalars is None else scalars.to(wide)
-        order = (self.of_reads, self.of_writes, self.precedes)
-        return self.decay.gram(read.to(wide), wide_scalars, write.to(wide), *order)
+    def accurate_gram(self) -> Tensor:
+        """G ``[M, HV, n, n]`` in the widest dtype, for chunks whose solutions would magnify its rounding."""
+        assert self.read is not None
+        n, wide = self.solved, accurate(self.readers.device)
+        read, write = self.readers[:, :, :n].to(wide), self.writers[:, :, :n].to(wide)
+        scalars = None if self.scalars is None else self.scalars[:, :, :n].to(wide)
+        of, to = self.of.of(self.of.families[0]), self.to.of(self.to.families[0])
+        return self.decay.gram(read, scalars, write, of, to, self.precedes[:n, :n])
 
-    def pull(self, of: System) -> Inputs:
-        """Gradients of the window's tokens, ``[B, stop - start, …]``, from those of the system."""
-        decay, window, query = self.decay, self.window, self.query.vectors
-        d_query, _ = decay.pull_from_start(self.of_query, query, None, of.queries.vectors)
-        d_read = d_read_scalars = d_write = d_lone = None
-        if of.reading is not None:
-            assert self.read is not None
-            assert self.write is not None
-            read, write, scalars = self.read.rows, self.write.vectors, self.read.scalars
-            d_read, d_read_scalars = decay.pull_from_start(self.of_reads, read, scalars, of.reading.reads.vectors)
-            d_write = decay.pull_to_end(self.of_writes, write, of.reading.writes.vectors)
-            order = (self.of_reads, self.of_writes, self.precedes)
-            left, scalar, right = decay.pull_gram(read, scalars, write, *order, of.reading.gram)
-            d_read, d_read_scalars, d_write = d_read + left, _add(d_read_scalars, scalar), d_write + right
-            order = (self.of_query, self.of_writes, self.seen)
-            left, _, right = decay.pull_gram(query, None, write, *order, of.reading.scores)
-            d_query, d_write = d_query + left, d_write + right
-        if of.lone is not None:
-            assert self.lone_write is not None
-            write = self.lone_write.vectors
-            d_lone = decay.pull_to_end(self.of_lone, write, of.lone.writes.vectors)
-            order = (self.of_query, self.of_lone, self.lone_seen)
-            left, _, right = decay.pull_gram(query, None, write, *order, of.lone.scores)
-            d_query, d_lone = d_query + left, d_lone + right
-            if of.lone.gram is not None:
-                assert self.read is not None
-                order = (self.of_reads, self.of_lone, self.lone_precedes)
-                left, scalar, right = decay.pull_gram(
-                    self.read.rows, self.read.scalars, write, *order, of.lone.gram
-                )  # fmt: skip
-                d_read, d_read_scalars, d_lone = _add(d_read, left), _add(d_read_scalars, scalar), d_lone + right
+    def system(self, gram: Tensor, factors: Factorisation | None) -> System:
+        """The chunks' equations, from ``gram`` and what solves with it."""
+        return System(
+            readers=self.decay.from_start(self.of, self.readers, self.scalars),
+            writers=self.decay.to_end(self.to, self.writers),
+            gram=gram,
+            factors=factors,
+            source=None if self.value is None else self.value.values,
+            given=None if self.lone_value is None else self.lone_value.values,
+            total=self.decay.total(),
+        )
+
+    def pull(self, of: Gradients) -> Inputs:
+        """Gradients of the window's tokens, ``[B, stop - start, …]``."""
+        decay, window, n = self.decay, self.window, self.solved
+        order = (self.of, self.to, self.precedes)
+        d_readers, d_scalars = decay.pull_from_start(self.of, self.readers, self.scalars, of.readers)
+        d_writers = decay.pull_to_end(self.to, self.writers, of.writers)
+        left, scalars, right = decay.pull_gram(self.readers, self.scalars, self.writers, *order, of.gram)
+        d_readers, d_writers = d_readers + left, d_writers + right
+        if d_scalars is not None and scalars is not None:
+            d_scalars = (d_scalars + scalars)[:, :, :n]
         if of.total is not None:
             decay.pull_total(of.total)
 
+        d_query = sum_to_heads(d_readers[:, :, n:], self.query.vectors.shape[1])
         gradients = Inputs(query=window.join(d_query).squeeze(2))
-        if self.read is not None and d_read is not None and d_write is not None:
-            read_tokens, coefficient = self.read.pull_rows(window, d_read, d_read_scalars)
-            gradients = gradients._replace(read=read_tokens, read_coefficient=coefficient, write=window.join(d_write))
-        if self.value is not None and of.reading is not None and of.reading.source is not None:
-            value, coefficient = self.value.pull_values(window, of.reading.source)
+        if self.read is not None and self.write is not None:
+            d_read = sum_to_heads(d_readers[:, :, :n], self.read.rows.shape[1])
+            d_write = sum_to_heads(d_writers[:, :, :n], self.write.vectors.shape[1])
+            read, coefficient = self.read.pull_rows(window, d_read, d_scalars)
+            gradients = gradients._replace(read=read, read_coefficient=coefficient, write=window.join(d_write))
+        if self.value is not None and of.source is not None:
+            value, coefficient = self.value.pull_values(window, of.source)
             gradients = gradients._replace(value=value, value_coefficient=coefficient)
-        if self.lone_value is not None and of.lone is not None and d_lone is not None:
-            value, coefficient = self.lone_value.pull_values(window, of.lone.values)
-            gradients = gradients._replace(
-                lone_write=window.join(d_lone), lone_value=value, lone_coefficient=coefficient
-            )  # fmt: skip
+        if self.lone_write is not None and self.lone_value is not None and of.given is not None:
+            d_lone = window.join(sum_to_heads(d_writers[:, :, n:], self.lone_write.vectors.shape[1]))
+            value, coefficient = self.lone_value.pull_values(window, of.given)
+            gradients = gradients._replace(lone_write=d_lone, lone_value=value, lone_coefficient=coefficient)
         d_log_decay = decay.pull()
         if d_log_decay is None:
             return gradients
@@ -255,7 +298,8 @@ class Chunks:
         return gradients._replace(log_decay=window.join(d_log_decay).squeeze(2))
 
 
-def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+def _stack(parts: list[Tensor | None]) -> Tensor:
+    """Families one after another along the rows, with the heads of the one that has most."""
+    present = [part for part in parts if part is not None]
+    heads = max(part.shape[1] for part in present)
+    return present[0] if len(present) == 1 else torch.cat([to_heads(part, heads) for part in present], -2)

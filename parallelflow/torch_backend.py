@@ -6,19 +6,20 @@ starts each window again from the state that entered it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from parallelflow.aggregate import AGGREGATES, Coupling, Recursion, Trajectory
-from parallelflow.decays import Scaled
-from parallelflow.problem import Inputs, Sizes, Traits, sizes_of, without_autocast
-from parallelflow.solvers import SOLVERS, Factorisation
-from parallelflow.system import Chunks, Lone, Reading, System
-from parallelflow.windows import Window, plan_windows
+from parallelflow.aggregate import AGGREGATES, Recursion, Trajectory
+from parallelflow.problem import Inputs, Sizes, Traits, may_read, sizes_of, without_autocast
+from parallelflow.solvers import SOLVERS, Factorisation, tensor_inverse
+from parallelflow.solvers.guarded import Guarded
+from parallelflow.system import Chunks, Gradients, System
+from parallelflow.windows import Assembly, Window, plan_windows
+
+GROWTH = 24.0  # of ‖T‖ beyond which a chunk is solved in the widest dtype: to 30, errors stay those of the recurrence
 
 
 @dataclass(frozen=True)
@@ -34,57 +35,6 @@ class Plan:
         if self.aggregate != "sequential":
             return max(-(-time // self.chunk_size), 1) * self.chunk_size
         return max(2, 128 // value_heads) * self.chunk_size
-
-
-def read_out(system: System, trajectory: Trajectory, scale: float) -> Tensor:
-    """``O = scale · ((Q ⊙ e^c) S_0 + Cq X)``, ``[M, HV, C, V]``."""
-    output = system.queries.apply(trajectory.entries)
-    if system.reading is not None:
-        assert trajectory.solutions is not None
-        output = output + system.reading.scores @ trajectory.solutions
-    if system.lone is not None:
-        output = output + system.lone.scores @ system.lone.values
-    return output * scale
-
-
-def forward_recursion(system: System, factors: Factorisation | None) -> Recursion:
-    """The recursion of a window's states in forward time."""
-    reading, lone = system.reading, system.lone
-    extra = None if lone is None else lone.writes.apply_transposed(lone.values)
-    if reading is None or factors is None:
-        return Recursion(system.total, None, extra)
-    source = reading.source
-    if lone is not None and lone.gram is not None:
-        seen = lone.gram @ lone.values
-        source = seen if source is None else source + seen
-    return Recursion(system.total, Coupling(reading.writes, reading.reads, _solver(factors, False), source), extra)
-
-
-def adjoint_recursion(system: System, factors: Factorisation | None, d_output: Tensor) -> Recursion:
-    """The recursion of the states' adjoints, backwards: reads and writes exchanged, the solve transposed."""
-    extra, reading = system.queries.apply_transposed(d_output), system.reading
-    if reading is None or factors is None:
-        return Recursion(system.total, None, extra)
-    source = reading.scores.transpose(-1, -2) @ d_output
-    return Recursion(system.total, Coupling(reading.reads, reading.writes, _solver(factors, True), source), extra)
-
-
-def _solver(factors: Factorisation, transposed: bool) -> Callable[[Tensor, slice | Tensor], Tensor]:
-    """``T Z`` or ``Tᵀ Z`` of chosen chunks, in the accurate dtype of G, rounded to that of Z."""
-
-    def solve(right: Tensor, index: slice | Tensor) -> Tensor:
-        chosen, wide = factors[index], right.to(factors.dtype)
-        return (chosen.solve_transposed(wide) if transposed else chosen.solve(wide)).to(right.dtype)
-
-    return solve
-
-
-def factor(system: System, traits: Traits, plan: Plan) -> Factorisation | None:
-    """Each chunk's triangular system, ready to be solved with."""
-    if system.reading is None:
-        return None
-    block = 1 if traits.sequential else len(traits.positions)
-    return SOLVERS[plan.solver](system.reading.gram, block)
 
 
 @dataclass(frozen=True)
@@ -105,12 +55,33 @@ class Engine:
         found = AGGREGATES[self.plan.aggregate](recursion, lanes, lanes.sort(states), reverse)
         return found._replace(final=lanes.unsort(found.final))
 
+    def system(self, chunks: Chunks) -> System:
+        """The chunks' equations, ready to be solved."""
+        gram = chunks.gram()
+        return chunks.system(gram, self.factor(chunks, gram) if chunks.solved else None)
+
+    def factor(self, chunks: Chunks, gram: Tensor) -> Factorisation:
+        """``I - G`` of every chunk.
+
+        With β near 2 and correlated keys the entries of T = (I - G)⁻¹ alternate and do not decay: the rounding of G
+        then reaches X about ‖T‖ times magnified, which the recurrence's own does not. Such chunks, told by their ‖T‖,
+        are solved in the widest dtype from G on; all chunks, where values cannot be looked at or T is not formed.
+        """
+        solver, block = SOLVERS[self.plan.solver], 1 if self.traits.sequential else len(self.traits.positions)
+        if solver is not tensor_inverse or not may_read(gram):
+            return solver(chunks.accurate_gram(), block)
+        plain = tensor_inverse(gram[:, :, : chunks.solved, : chunks.solved], block)
+        magnified = ~(plain.growth() <= GROWTH)  # a NaN too
+        if not magnified.any():
+            return plain
+        return Guarded.mend(plain, solver(chunks.accurate_gram()[magnified], block), magnified)
+
     def forward_window(self, inputs: Inputs, window: Window, entry: Tensor) -> tuple[Tensor, Tensor]:
         """One window's output ``[B, stop - start, HV, V]`` and the states after its pieces ``[pieces, HV, K, V]``."""
-        system = Chunks(inputs, self.traits, self.sizes, window).system()
-        recursion = forward_recursion(system, factor(system, self.traits, self.plan))
-        trajectory = self.aggregate(recursion, window, entry, False)
-        return window.join(read_out(system, trajectory, self.scale)).squeeze(2), trajectory.final
+        system = self.system(Chunks(inputs, self.traits, self.sizes, window))
+        trajectory = self.aggregate(Recursion(system, keep=False), window, entry, False)
+        assert trajectory.said is not None
+        return window.join(trajectory.said).squeeze(2) * self.scale, trajectory.final
 
     def backward_window(
         self, inputs: Inputs, window: Window, entry: Tensor, d_output: Tensor, d_exit: Tensor
@@ -120,41 +91,21 @@ class Engine:
         ``d_output [B, T, HV, V]`` of the whole line, ``d_exit [pieces, HV, K, V]``.
         """
         chunks = Chunks(inputs, self.traits, self.sizes, window)
-        system = chunks.system()
-        factors = factor(system, self.traits, self.plan)
-        entries, solutions, _ = self.aggregate(forward_recursion(system, factors), window, entry, False)
-        d_rows = window.cut(d_output.unsqueeze(2)).to(self.sizes.compute_dtype) * self.scale
-        d_exits, d_source, d_entry = self.aggregate(adjoint_recursion(system, factors, d_rows), window, d_exit, True)
-
-        entries_transposed, d_exits_transposed = entries.transpose(-1, -2), d_exits.transpose(-1, -2)
-        reading, lone = None, None
-        if system.reading is not None:
-            assert solutions is not None
-            assert d_source is not None
-            solutions_transposed = solutions.transpose(-1, -2)
-            reading = Reading(
-                reads=Scaled(d_source @ entries_transposed),
-                writes=Scaled(solutions @ d_exits_transposed),
-                gram=d_source @ solutions_transposed,
-                scores=d_rows @ solutions_transposed,
-                source=d_source,
-            )
-        if system.lone is not None:
-            values = system.lone.values
-            d_values = system.lone.writes.apply(d_exits, system.lone.scores.transpose(-1, -2) @ d_rows)
-            d_gram = None
-            if system.lone.gram is not None:
-                assert d_source is not None
-                d_values = d_values + system.lone.gram.transpose(-1, -2) @ d_source
-                d_gram = d_source @ values.transpose(-1, -2)
-            lone = Lone(
-                writes=Scaled(values @ d_exits_transposed),
-                scores=d_rows @ values.transpose(-1, -2),
-                values=d_values,
-                gram=d_gram,
-            )
-        d_total = None if system.total is None else (d_exits * entries).sum(-1)
-        return chunks.pull(System(Scaled(d_rows @ entries_transposed), reading, lone, d_total)), d_entry
+        system = self.system(chunks)
+        entries, written, _, _ = self.aggregate(Recursion(system.without_queries(), keep=True), window, entry, False)
+        d_said = window.cut(d_output.unsqueeze(2)).to(self.sizes.compute_dtype) * self.scale
+        adjoint = Recursion(system.transposed(d_said), keep=True)
+        d_exits, d_seen, d_given, d_entry = self.aggregate(adjoint, window, d_exit, True)
+        assert entries is not None and written is not None and d_exits is not None and d_seen is not None
+        gradients = Gradients(
+            readers=d_seen @ entries.transpose(-1, -2),
+            writers=written @ d_exits.transpose(-1, -2),
+            gram=d_seen @ written.transpose(-1, -2),
+            source=d_seen[:, :, : chunks.solved],
+            given=d_given,
+            total=None if system.total is None else (d_exits * entries).sum(-1),
+        )
+        return chunks.pull(gradients), d_entry
 
     def windows(self, batch: int, time: int, sequence_starts: list[int] | None) -> list[Window]:
         """The windows of a problem; a chunk is never longer than the longest sequence."""
@@ -189,26 +140,24 @@ def forward(
     engine = Engine(traits, sizes_of(inputs), plan)
     with without_autocast(inputs.query.device):
         initial = engine.initial(inputs, batch if sequence_starts is None else len(sequence_starts) - 1)
-        outputs: list[Tensor] = []
+        output = Assembly(inputs.query.new_empty(batch, time, engine.sizes.value_heads, engine.sizes.value_dim))
         carries: list[Tensor] = []
         finals: list[Tensor] = []
         carry = initial[:0]
         for window in engine.windows(batch, time, sequence_starts):
-            output, exits = engine.forward_window(inputs, window, _enter(window, carry, initial))
-            outputs.append(output.to(inputs.query.dtype))
+            piece, exits = engine.forward_window(inputs, window, _enter(window, carry, initial))
+            output.put(window, piece)
             finals.append(exits[: len(window.ends)])
             carry = exits[len(window.ends) :]
             if window.unfinished:
                 carries.append(carry)
-        if not outputs:
-            outputs.append(inputs.query.new_zeros(batch, time, engine.sizes.value_heads, engine.sizes.value_dim))
         final = torch.cat(finals) if finals else initial.clone()
         if final.shape[0] < initial.shape[0]:  # empty sequences keep their state
             final = initial.index_copy(0, _filled(sequence_starts, initial.device), final)
         blank = carry_count(plan, engine.sizes.value_heads, time) - len(carries)
         unused = initial.new_zeros(blank, batch, *initial.shape[1:])
         saved = torch.cat((torch.stack(carries), unused)) if carries else unused
-        return _cat(outputs).contiguous(), final.contiguous(), saved
+        return output.whole(), final.contiguous(), saved
 
 
 def backward(
@@ -228,39 +177,26 @@ def backward(
         initial = engine.initial(inputs, d_final.shape[0])
         windows = engine.windows(batch, time, sequence_starts)
         carries = list(saved[: sum(window.unfinished for window in windows)])
-        pieces: list[Inputs] = []
+        whole = [None if tensor is None else Assembly(torch.empty_like(tensor)) for tensor in inputs[:-1]]
         d_initial: list[Tensor] = []
         d_carry = d_final[:0]
         for window in reversed(windows):
             entry = _enter(window, carries.pop() if window.continued else initial[:0], initial)
             d_exit = torch.cat((d_final[_range(window.ends)], d_carry))
-            gradients, d_entry = engine.backward_window(inputs, window, entry, d_output, d_exit)
-            pieces.append(_rounded(gradients, inputs))
+            found, d_entry = engine.backward_window(inputs, window, entry, d_output, d_exit)
+            for assembly, piece in zip(whole, found, strict=False):
+                if assembly is not None and piece is not None:
+                    assembly.put(window, piece)
             carried = d_entry.shape[0] - len(window.begins)
             d_carry = d_entry[:carried]
             d_initial.append(d_entry[carried:])
-        pieces.reverse()
-        gradients = Inputs(*(_assemble(slot, pieces, tensor) for slot, tensor in enumerate(inputs)))  # type: ignore[arg-type]
+        gradients = Inputs(*(None if assembly is None else assembly.whole() for assembly in whole))  # type: ignore[arg-type]
         if inputs.initial_state is None:
             return gradients
         d_states = torch.cat(d_initial[::-1]) if d_initial else d_final.clone()
         if d_states.shape[0] < d_final.shape[0]:
             d_states = d_final.index_copy(0, _filled(sequence_starts, d_final.device), d_states)
         return gradients._replace(initial_state=d_states.to(inputs.initial_state.dtype))
-
-
-def _rounded(gradients: Inputs, inputs: Inputs) -> Inputs:
-    """Each gradient in its input's dtype."""
-    pairs = zip(inputs, gradients, strict=True)
-    return Inputs(*(None if tensor is None or found is None else found.to(tensor.dtype) for tensor, found in pairs))  # type: ignore[arg-type]
-
-
-def _assemble(slot: int, pieces: list[Inputs], like: Tensor | None) -> Tensor | None:
-    """One input's gradient from those of all windows."""
-    if like is None:
-        return None
-    parts = [piece[slot] for piece in pieces]
-    return torch.zeros_like(like) if not parts or parts[0] is None else _cat(parts)  # type: ignore[arg-type]
 
 
 def _enter(window: Window, carry: Tensor, initial: Tensor) -> Tensor:
@@ -282,6 +218,3 @@ def _filled(sequence_starts: list[int] | None, device: torch.device) -> Tensor:
     lengths = [last - first for first, last in pairwise(sequence_starts or ())]
     return torch.tensor([n for n, length in enumerate(lengths) if length], dtype=torch.long, device=device)
 
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

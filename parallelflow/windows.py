@@ -72,6 +72,29 @@ class Window:
         return chunks.unflatten(0, (-1, self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.stop - self.start]
 
 
+class Assembly:
+    """A line put together from its windows, in its own dtype. What no window fills is 0."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.pieces: dict[int, Tensor] = {}
+        self.filled = 0
+
+    def put(self, window: Window, piece: Tensor) -> None:
+        """The tokens of a window, ``[B, stop - start, …]``."""
+        self.filled += window.stop - window.start
+        if torch.is_grad_enabled():
+            self.pieces[window.start] = piece.to(self.like.dtype)
+        else:
+            self.like[:, window.start : window.stop] = piece
+
+    def whole(self) -> Tensor:
+        """The line."""
+        if self.pieces:
+            return torch.cat([self.pieces[start] for start in sorted(self.pieces)], 1)
+        return self.like if self.filled else self.like.zero_()
+
+
 def plan_windows(
     batch: int, time: int, sequence_starts: Sequence[int] | None, chunk_size: int, window_tokens: int
 ) -> list[Window]:

@@ -5,7 +5,7 @@ function on the adjoint recursion, from the last chunk to the first.
 """
 
 from parallelflow.aggregate.associative import associative
-from parallelflow.aggregate.base import Aggregate, Coupling, Recursion, Trajectory
+from parallelflow.aggregate.base import Aggregate, Recursion, Trajectory
 from parallelflow.aggregate.segmented import segmented
 from parallelflow.aggregate.sequential import sequential
 
@@ -15,4 +15,4 @@ AGGREGATES: dict[str, Aggregate] = {
     "segmented": segmented,
 }
 
-__all__ = ["AGGREGATES", "Aggregate", "Coupling", "Recursion", "Trajectory", "associative", "segmented", "sequential"]
+__all__ = ["AGGREGATES", "Aggregate", "Recursion", "Trajectory", "associative", "segmented", "sequential"]

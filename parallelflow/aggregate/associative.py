@@ -19,4 +19,4 @@ def associative(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bo
         order = lanes.reversal(initial.device)
         entries, final = entry_states(Flow(flows.transition[order], flows.source[order]), lanes, initial)
         entries = entries[order]
-    return Trajectory(entries, recursion.solutions(entries), final)
+    return Trajectory(entries, *recursion.answers(entries, slice(None)), final)

@@ -9,107 +9,65 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.decays import Scaled
 from parallelflow.flow import Flow
 from parallelflow.lanes import Lanes
+from parallelflow.system import System
 
 
 class Trajectory(NamedTuple):
-    """``entries [M, HV, K, V]``: the state at each chunk's entry; ``solutions [M, HV, n, V]``: each chunk's X (None
-    where no row reads); ``final [lanes, HV, K, V]``: the state after each lane's last chunk, lanes in their order."""
+    """Along a window: ``entries [M, HV, K, V]``, the state at each chunk's entry, and ``written [M, HV, n + m, V]``
+    (both None where they were not to be kept); ``said [M, HV, C, V]`` (None without queries); ``final
+    [lanes, HV, K, V]``: the state after each lane's last chunk, lanes in their order."""
 
-    entries: Tensor
-    solutions: Tensor | None
+    entries: Tensor | None
+    written: Tensor | None
+    said: Tensor | None
     final: Tensor
-
-
-class Coupling(NamedTuple):
-    """How the rows of a chunk answer the state: ``leftᵀ T (source + right S)``.
-
-    ``solve(Z, index)`` is T Z for the chunks at ``index``; ``source [M, HV, n, V]`` None is 0.
-    """
-
-    left: Scaled
-    right: Scaled
-    solve: Callable[[Tensor, slice | Tensor], Tensor]
-    source: Tensor | None
 
 
 @dataclass(frozen=True)
 class Recursion:
-    """One affine map a chunk: ``S ← Λ S + leftᵀ X + extra`` with ``X = T (source + right S)``.
+    """One affine map a chunk: ``S ← Λ S + B̂ᵀ [X; u]`` with ``[X; u]`` the answer of the chunk's system to S.
 
-    Forward in time, ``right`` are the rows that read, ``left`` those that write and T is ``(I - G)⁻¹``. The adjoint is
-    the same recursion backwards with the two exchanged and T transposed: one implementation serves both.
-    ``total`` (Λ) is None, ``[M, HV]`` or ``[M, HV, K]``; ``coupling`` is None where no row reads; ``extra`` is
-    ``[M, HV, K, V]`` or None.
+    The adjoint is the recursion of the transposed system backwards: one implementation serves both. ``keep``: entry
+    states and what was written are wanted.
     """
 
-    total: Tensor | None
-    coupling: Coupling | None
-    extra: Tensor | None
+    system: System
+    keep: bool
 
-    def step(self, state: Tensor, index: slice) -> tuple[Tensor, Tensor | None]:
-        """The state after the chunks at ``index``, and their X."""
-        base, solution = self.extra, None
-        if self.total is not None:
-            base = state * self._decay(index) if base is None else torch.addcmul(base[index], state, self._decay(index))
-        else:
-            base = state if base is None else base[index] + state
-        if self.coupling is not None:
-            left, right, solve, source = self.coupling
-            solution = solve(right.at(index).apply(state, None if source is None else source[index]), index)
-            base = left.at(index).apply_transposed(solution, base)
-        return base, solution
+    def step(self, state: Tensor, index: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The state after the chunks at ``index``, what they write and what they say."""
+        written, said = self.answers(state, index)
+        return self.system.writers.at(index).apply_transposed(written, self._decayed(state, index)), written, said
 
-    def solutions(self, entries: Tensor) -> Tensor | None:
-        """X of all chunks at once, their entry states known."""
-        if self.coupling is None:
-            return None
-        _, right, solve, source = self.coupling
-        return solve(right.apply(entries, source), slice(None))
+    def answers(self, entries: Tensor, index: slice) -> tuple[Tensor, Tensor | None]:
+        """What chunks write and say, their entry states known."""
+        readers = self.system.readers.at(index)
+        return self.system.answer(readers.apply(entries) if readers.vectors.shape[2] else None, index)
 
     def flows(self, like: Tensor) -> Flow:
-        """Each chunk's flow: ``P = Λ + leftᵀ W`` and ``H = leftᵀ Y + extra`` with ``W = T right``, ``Y = T source``;
-        states are as ``like [lanes, HV, K, V]``."""
-        if self.coupling is None:
-            assert self.extra is not None
-            total = self.extra.new_ones(self.extra.shape[:2]) if self.total is None else self.total
-            return Flow(total, self.extra)
-        left, right, solve, source = self.coupling
-        dense = right.dense()
-        identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
-        if self.total is not None:
-            identity = identity * self._decay(slice(None))
-        everything = slice(None)
-        transition = left.apply_transposed(solve(dense, everything), identity)
-        if source is None:
-            shape = (transition.shape[0], *like.shape[1:])
-            return Flow(transition, like.new_zeros(shape) if self.extra is None else self.extra)
-        return Flow(transition, left.apply_transposed(solve(source, everything), self.extra))
+        """Each chunk's flow, ``P = Λ + B̂ᵀ T Ā`` and ``H = B̂ᵀ [X; u]`` at entry state 0; states are as
+        ``like [lanes, HV, K, V]``."""
+        system = self.system.without_queries()
+        everything, shape = slice(None), system.gram.shape[:2]
+        if system.source is None and system.given is None:
+            source = like.new_zeros(shape[0], *like.shape[1:])
+        else:
+            source = system.writers.apply_transposed(system.answer(None, everything)[0])
+        if system.factors is None:
+            return Flow(source.new_ones(shape) if system.total is None else system.total, source)
+        identity = torch.eye(like.shape[2], dtype=like.dtype, device=like.device).expand(*shape, -1, -1)
+        solution = system.factors.apply(system.readers.dense())
+        writers = system.writers.first(system.solved)
+        return Flow(writers.apply_transposed(solution, self._decayed(identity, everything)), source)
 
-    def take(self, index: Tensor) -> Recursion:
-        """The same maps with the chunks in another order."""
-        coupling = self.coupling
-        if coupling is not None:
-            left, right, solve, source = coupling
-            coupling = Coupling(
-                left.at(index),
-                right.at(index),
-                lambda rows, chosen: solve(rows, index[chosen]),
-                None if source is None else source[index],
-            )
-        return Recursion(
-            None if self.total is None else self.total[index],
-            coupling,
-            None if self.extra is None else self.extra[index],
-        )
-
-    def _decay(self, index: slice) -> Tensor:
-        """Λ as it multiplies states, ``[M, HV, 1 or K, 1]``."""
-        assert self.total is not None
-        total = self.total[index]
-        return total[..., None, None] if total.ndim == 2 else total.unsqueeze(-1)
+    def _decayed(self, state: Tensor, index: slice) -> Tensor:
+        """``Λ S``, in memory of its own."""
+        if self.system.total is None:
+            return state.clone(memory_format=torch.contiguous_format)
+        total = self.system.total[index]
+        return state * (total[..., None, None] if total.ndim == 2 else total.unsqueeze(-1))
 
 
 Aggregate = Callable[[Recursion, Lanes, Tensor, bool], Trajectory]

@@ -20,7 +20,7 @@ def segmented(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bool
     """Cuts each lane in segments, finds every segment's flow by carrying ``[I | 0]`` through it, composes those, and
     runs all segments at once from their entry states: the exact result for every driver."""
     runs, lanes_of_runs, chunks, numbers = lanes.cut(SEGMENTS, initial.device)
-    recursion = recursion.take(chunks)
+    recursion = replace(recursion, system=recursion.system.take(chunks))
     flows = _flows_of_runs(recursion, runs, initial, reverse)  # in the order in which the runs are given
     if reverse:
         numbers = numbers[lanes_of_runs.reversal(initial.device)]
@@ -29,23 +29,29 @@ def segmented(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bool
     back = numbers.argsort()
     inside = sequential(recursion, runs, runs.sort(entries[back]), reverse)
     places = chunks.argsort()
-    solutions = None if inside.solutions is None else inside.solutions[places]
-    return Trajectory(inside.entries[places], solutions, final)
+
+    def back_in_place(along: Tensor | None) -> Tensor | None:
+        return None if along is None else along[places]
+
+    entries, written, said, _ = inside
+    return Trajectory(back_in_place(entries), back_in_place(written), back_in_place(said), final)
 
 
 def _flows_of_runs(recursion: Recursion, runs: Lanes, initial: Tensor, reverse: bool) -> Flow:
     """Each run's ``(P, H)``: the identity beside a zero state, carried along. Where no row reads, P is diagonal and one
     column of ones shows it."""
-    coupling, (_, heads, key_dim, value_dim) = recursion.coupling, initial.shape
-    if coupling is None:
+    system, (_, heads, key_dim, value_dim) = recursion.system.without_queries(), initial.shape
+    if system.factors is None:
         probe = initial.new_ones(key_dim, 1)
     else:
         probe = torch.eye(key_dim, dtype=initial.dtype, device=initial.device)
     width = probe.shape[-1]
+
+    def beside(values: Tensor | None) -> Tensor | None:
+        return None if values is None else pad(values, (width, 0))
+
+    system = replace(system, source=beside(system.source), given=beside(system.given))
     start = pad(probe, (0, value_dim)).expand(len(runs), heads, -1, -1)
-    if coupling is not None and coupling.source is not None:
-        coupling = coupling._replace(source=pad(coupling.source, (width, 0)))
-    extra = None if recursion.extra is None else pad(recursion.extra, (width, 0))
-    carried = runs.unsort(sequential(replace(recursion, coupling=coupling, extra=extra), runs, start, reverse).final)
+    carried = runs.unsort(sequential(Recursion(system, keep=False), runs, start, reverse).final)
     transition = carried[..., :width]
-    return Flow(transition.squeeze(-1) if coupling is None else transition, carried[..., width:])
+    return Flow(transition.squeeze(-1) if system.factors is None else transition, carried[..., width:])

@@ -15,7 +15,8 @@ def sequential(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: boo
     Lanes that are shorter leave at their end, or, in reverse, join there.
     """
     entries: list[Tensor] = []
-    solutions: list[Tensor] = []
+    written: list[Tensor] = []
+    said: list[Tensor] = []
     ended: list[Tensor] = []
     state = initial[: lanes.active[-1]] if reverse else initial
     for step in reversed(range(lanes.steps)) if reverse else range(lanes.steps):
@@ -25,15 +26,23 @@ def sequential(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: boo
             state = state[:active]
         elif active > state.shape[0]:
             state = torch.cat((state, initial[state.shape[0] : active]))
-        entries.append(state)
-        state, solution = recursion.step(state, lanes.at(step))
-        if solution is not None:
-            solutions.append(solution)
-    if reverse:
-        entries.reverse()
-        solutions.reverse()
+        following, writes, says = recursion.step(state, lanes.at(step))
+        if recursion.keep:
+            entries.append(state)
+            written.append(writes)
+        if says is not None:
+            said.append(says)
+        state = following
     return Trajectory(
-        torch.cat(entries),
-        torch.cat(solutions) if solutions else None,
+        _along(entries, reverse),
+        _along(written, reverse),
+        _along(said, reverse),
         torch.cat([state, *reversed(ended)]) if ended else state,
     )
+
+
+def _along(pieces: list[Tensor], reverse: bool) -> Tensor | None:
+    """The steps' pieces on the axis of chunks."""
+    if not pieces:
+        return None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1] if reverse else pieces)

@@ -9,18 +9,20 @@ Notation: rows p, q belong to tokens; M chunks, HV value heads, C tokens a chunk
 
 from parallelflow.decays.base import Decay, accurate
 from parallelflow.decays.none import NoDecay
-from parallelflow.decays.rows import Rows, Scaled, scale_rows, sum_to_heads, to_heads
+from parallelflow.decays.rows import Family, Rows, Scaled, product_onto, scale_rows, sum_to_heads, to_heads
 from parallelflow.decays.scalar import ScalarDecay
 from parallelflow.decays.vector import VectorDecay
 
 __all__ = [
     "Decay",
+    "Family",
     "NoDecay",
     "Rows",
     "ScalarDecay",
     "Scaled",
     "VectorDecay",
     "accurate",
+    "product_onto",
     "scale_rows",
     "sum_to_heads",
     "to_heads",

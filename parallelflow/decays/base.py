@@ -31,7 +31,8 @@ class Decay(ABC):
     def pull_gram(
         self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Adjoint of ``gram``: gradients of ``left``, ``scalars`` and ``right``."""
+        """Adjoint of ``gram``: gradients of ``left``, ``scalars`` and ``right``. Entries of ``gradient`` outside the
+        mask may be anything finite."""
 
     @abstractmethod
     def from_start(self, rows: Rows, vectors: Tensor, scalars: Tensor | None) -> Scaled:
@@ -65,7 +66,7 @@ class Decay(ABC):
 
 
 class SummedDecay(Decay):
-    """A decay with its sums ``c``, inclusive and exclusive, over the tokens' axis."""
+    """A decay with its sums over the tokens' axis: ``0, c_1, c_2, … c_C``."""
 
     axis: int
 
@@ -73,33 +74,27 @@ class SummedDecay(Decay):
         super().__init__(log_decay.shape[1])
         self.dtype = log_decay.dtype
         wide = log_decay.to(accurate(log_decay.device)).clamp(min=FLOOR)
-        self.sums = wide.cumsum(self.axis)
-        # The exclusive sums are shifted, not subtracted.
-        shorter = self.sums.narrow(self.axis, 0, self.sums.shape[self.axis] - 1)
-        self.before = torch.cat((torch.zeros_like(wide.narrow(self.axis, 0, 1)), shorter), self.axis)
+        sums = wide.cumsum(self.axis)
+        self.sums = torch.cat((torch.zeros_like(sums.narrow(self.axis, 0, 1)), sums), self.axis)
         self.last = self.sums.select(self.axis, -1).unsqueeze(self.axis)
-        self.pulled = torch.zeros_like(log_decay)
+        self.pulled = torch.zeros_like(self.sums, dtype=self.dtype)
 
     def exponent(self, rows: Rows) -> Tensor:
         """``r_p`` of each row, in the accurate dtype."""
-        return (self.before if rows.raw else self.sums).index_select(self.axis, rows.tokens)
+        return self.sums.index_select(self.axis, rows.places)
 
     def rounded_exp(self, exponent: Tensor) -> Tensor:
         """``e^x`` in the compute dtype of an exponent ≤ 0 in the accurate one."""
         return exponent.to(self.dtype).exp()
 
     def gather(self, rows: Rows, gradient: Tensor) -> None:
-        """Adds adjoints of the rows' exponents to those of ``c``; ``c⁻_t`` is ``c_{t-1}``, and ``c⁻_0`` is 0."""
-        if not rows.raw:
-            self.pulled.index_add_(self.axis, rows.tokens, gradient)
-            return
-        late = rows.tokens.nonzero().squeeze(1)
-        self.pulled.index_add_(self.axis, rows.tokens[late] - 1, gradient.index_select(self.axis, late))
+        """Adds adjoints of the rows' exponents to those of the sums."""
+        self.pulled.index_add_(self.axis, rows.places, gradient)
 
     def gather_last(self, gradient: Tensor) -> None:
         """Adds an adjoint of ``c_C``."""
         self.pulled.select(self.axis, -1).add_(gradient)
 
     def pull(self) -> Tensor:
-        wide = self.pulled.to(accurate(self.pulled.device))
+        wide = self.pulled.narrow(self.axis, 1, self.pulled.shape[self.axis] - 1).to(accurate(self.pulled.device))
         return wide.flip(self.axis).cumsum(self.axis).flip(self.axis).to(self.dtype)

@@ -5,6 +5,7 @@ Vectors may have fewer heads than HV where value heads share them: value head h 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,24 +18,16 @@ class Scaled(NamedTuple):
     vectors: Tensor
     scalars: Tensor | None = None
 
-    def apply(self, state: Tensor, onto: Tensor | None = None) -> Tensor:
-        """``onto + A S``: ``state [M, HV, K, V]`` read by every row, ``[M, HV, n, V]``."""
-        read = self.vectors @ state
+    def apply(self, state: Tensor) -> Tensor:
+        """``A S``: ``state [M, HV, K, V]`` read by every row, ``[M, HV, n, V]``."""
+        seen = self.vectors @ state
         if self.scalars is None:
-            return read if onto is None else onto + read
-        scalars = self.scalars.unsqueeze(-1)
-        return scalars * read if onto is None else torch.addcmul(onto, scalars, read)
+            return seen
+        return seen * self.scalars.unsqueeze(-1) if torch.is_grad_enabled() else seen.mul_(self.scalars.unsqueeze(-1))
 
     def apply_transposed(self, solution: Tensor, onto: Tensor | None = None) -> Tensor:
-        """``onto + Aᵀ X``: rows ``[M, HV, n, V]`` written into a state ``[M, HV, K, V]``."""
-        transposed, solution = self.vectors.transpose(-1, -2), scale_rows(self.scalars, solution)
-        if onto is None:
-            return transposed @ solution
-        if onto.ndim < 4:
-            return onto + transposed @ solution
-        onto = onto.expand(*solution.shape[:2], *onto.shape[2:])
-        product = torch.baddbmm(onto.flatten(0, 1), transposed.flatten(0, 1), solution.flatten(0, 1))
-        return product.unflatten(0, solution.shape[:2])
+        """``onto + Aᵀ X``: rows ``[M, HV, n, V]`` written into states ``[M, HV, K, V]`` (None is 0; given up)."""
+        return product_onto(onto, self.vectors.transpose(-1, -2), scale_rows(self.scalars, solution))
 
     def dense(self) -> Tensor:
         """``[M, HV, n, K]`` with the scalars multiplied in."""
@@ -44,10 +37,28 @@ class Scaled(NamedTuple):
         """The rows of some chunks."""
         return Scaled(self.vectors[index], None if self.scalars is None else self.scalars[index])
 
+    def first(self, count: int) -> Scaled:
+        """The first rows of every chunk."""
+        return Scaled(self.vectors[:, :, :count], None if self.scalars is None else self.scalars[:, :, :count])
+
 
 def scale_rows(scalars: Tensor | None, rows: Tensor) -> Tensor:
     """Each row of ``rows [..., n, D]`` times its scalar ``[..., n]``."""
     return rows if scalars is None else scalars.unsqueeze(-1) * rows
+
+
+def product_onto(onto: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``onto + left right``, all ``[M, HV, ., .]`` (None is 0). ``onto`` is given up: where no gradient is recorded the
+    sum may take its memory."""
+    if onto is None:
+        return left @ right
+    if torch.is_grad_enabled():
+        return onto + left @ right
+    parts = onto.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1)
+    if not onto.is_contiguous():
+        return torch.baddbmm(*parts).unflatten(0, onto.shape[:2])
+    parts[0].baddbmm_(*parts[1:])
+    return onto
 
 
 def to_heads(shared: Tensor, heads: int) -> Tensor:
@@ -60,12 +71,44 @@ def sum_to_heads(gradient: Tensor, heads: int) -> Tensor:
     return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).sum(2)
 
 
-class Rows(NamedTuple):
-    """Which rows a family has in every chunk: ``tokens [n]`` is each row's token, ``raw`` whether it reads before the
-    token's decay."""
+class Family(NamedTuple):
+    """Rows of one kind: how many a token has, and whether they read before the token's decay."""
 
-    tokens: Tensor
+    each: int
     raw: bool = False
+
+
+class Rows:
+    """Which rows a chunk of ``size`` tokens has: family after family, within each token after token.
+
+    ``tokens [n]`` is each row's token; ``places [n]`` is where its exponent stands in the sums of log-decays that begin
+    with 0: after its token's decay, or before it.
+    """
+
+    def __init__(self, size: int, families: tuple[Family, ...], device: torch.device) -> None:
+        self.size, self.families, self.device = size, families, device
+
+    def __len__(self) -> int:
+        return self.size * sum(family.each for family in self.families)
+
+    def of(self, family: Family) -> Rows:
+        """The rows of one family alone."""
+        return Rows(self.size, (family,), self.device)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        tokens = torch.arange(self.size, device=self.device)
+        return torch.cat([tokens.repeat_interleave(family.each) for family in self.families])
+
+    @cached_property
+    def places(self) -> Tensor:
+        late = [torch.full((self.size * f.each,), int(not f.raw), device=self.device) for f in self.families]
+        return self.tokens + torch.cat(late)
+
+    @cached_property
+    def by_token(self) -> Tensor:
+        """The rows in the order of their tokens, those of a token by family."""
+        return torch.sort(self.tokens, stable=True).indices
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -14,29 +14,42 @@ class ScalarDecay(SummedDecay):
 
     axis = -1
 
-    def weights(self, of: Rows, to: Rows, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """``mask · e^{r_p - c_q}``, ``[M, HV, n, m]``."""
-        difference = self.exponent(of).unsqueeze(-1) - self.exponent(to).unsqueeze(-2)
-        return difference.to(dtype).masked_fill(~mask, -torch.inf).exp()
+    def __init__(self, log_decay: Tensor) -> None:
+        super().__init__(log_decay)
+        self._weights: dict[tuple, Tensor] = {}
+
+    def weighted(self, pairs: Tensor, of: Rows, to: Rows) -> Tensor:
+        """``pairs[p, q] · min(e^{r_p - c_q}, 1)``; ``pairs [M, H | HV, n, m]`` are 0 where q does not precede p.
+
+        Families that see the sums alike share one array of exponentials.
+        """
+        alike = len({*of.families}) == 1 and len({*to.families}) == 1
+        rows, columns = (of.of(of.families[0]), to.of(to.families[0])) if alike else (of, to)
+        key = (of.families, to.families, pairs.dtype)
+        if key not in self._weights:
+            difference = self.exponent(rows).unsqueeze(-1) - self.exponent(columns).unsqueeze(-2)
+            self._weights[key] = difference.to(pairs.dtype).clamp_(max=0).exp_()
+        weights = self._weights[key].unflatten(1, (pairs.shape[1], -1))[:, :, :, None, :, None]
+        blocks = pairs.unflatten(-1, (-1, len(columns))).unflatten(-3, (-1, len(rows))).unsqueeze(2)
+        return (blocks * weights).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
     def gram(self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor) -> Tensor:
-        pairs = product(left, right)
-        weights = self.weights(of, to, mask, pairs.dtype)
-        if pairs.shape[1] == self.heads:
-            return scale_rows(scalars, pairs * weights)
-        return scale_rows(scalars, (pairs.unsqueeze(2) * weights.unflatten(1, (pairs.shape[1], -1))).flatten(1, 2))
+        return scale_rows(scalars, self.weighted(product(left, right).masked_fill(~mask, 0), of, to))
 
     def pull_gram(
         self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        gradient = gradient * self.weights(of, to, mask, gradient.dtype)
+        gradient = self.weighted(gradient.masked_fill(~mask, 0), of, to)
         pairs = gradient * to_heads(product(left, right), self.heads)
         d_scalars, d_exponent = None, pairs.sum(-1)
-        if scalars is not None:
+        if scalars is None:
+            d_columns = pairs.sum(-2)
+        else:
+            d_columns = (scalars.unsqueeze(-2) @ pairs).squeeze(-2)
             d_scalars, d_exponent = d_exponent, scalars * d_exponent
-            pairs, gradient = scale_rows(scalars, pairs), scale_rows(scalars, gradient)
+            gradient = scale_rows(scalars, gradient)
         self.gather(of, d_exponent)
-        self.gather(to, -pairs.sum(-2))
+        self.gather(to, -d_columns)
         d_left, d_right = pull_product(left, right, gradient)
         return d_left, d_scalars, d_right
 

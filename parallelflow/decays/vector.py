@@ -21,19 +21,24 @@ class VectorDecay(SummedDecay):
     axis = -2
 
     @property
+    def size(self) -> int:
+        """Tokens a chunk."""
+        return self.sums.shape[-2] - 1
+
+    @property
     def width(self) -> int:
         """Tokens a chunk, filled up to a power of two."""
-        return 1 << (self.sums.shape[-2] - 1).bit_length()
+        return 1 << (self.size - 1).bit_length()
 
     def _tokens(self, rows: Tensor) -> Tensor:
-        """Rows ``[M, HV, C·R, D]`` as tokens ``[M, HV, width, R, D]``, filled with zeros."""
-        tokens = self.sums.shape[-2]
-        return pad(rows.unflatten(-2, (tokens, -1)), (0, 0, 0, 0, 0, self.width - tokens))
+        """Rows ``[M, HV, C·R, D]`` in the order of their tokens as ``[M, HV, width, R, D]``, filled with zeros."""
+        return pad(rows.unflatten(-2, (self.size, -1)), (0, 0, 0, 0, 0, self.width - self.size))
 
     def _levels(self, left: Tensor, right: Tensor, of: Rows, to: Rows) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """For runs of 1, 2, 4, … tokens: the late rows and the early rows, each already decayed to their boundary, and
         the two factors that did it; ``[M, HV, pairs, run·R, K]``."""
-        rows = [self._tokens(each) for each in (left, right, self.exponent(of), self.exponent(to), self.sums)]
+        of_sums, to_sums = (by_token(self.exponent(rows), rows) for rows in (of, to))
+        rows = [self._tokens(each) for each in (left, right, of_sums, to_sums, self.sums[..., 1:, :])]
         levels, run = [], 1
         while run < self.width:
             late, early, late_sums, early_sums, ends = (each.unflatten(2, (-1, 2, run)) for each in rows)
@@ -47,24 +52,29 @@ class VectorDecay(SummedDecay):
         return levels  # type: ignore[return-value]
 
     def gram(self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor) -> Tensor:
-        left, right = scale_rows(scalars, to_heads(left, self.heads)), to_heads(right, self.heads)
+        left = by_token(scale_rows(scalars, to_heads(left, self.heads)), of)
+        right = by_token(to_heads(right, self.heads), to)
         blocks = self._tokens(left) @ self._tokens(right).transpose(-1, -2)  # a token with itself: e^0
         for late, early, _, _ in self._levels(left, right, of, to):
             first, second = blocks[:, :, 0::2], blocks[:, :, 1::2]
             top = torch.cat((first, torch.zeros_like(first)), -1)
             blocks = torch.cat((top, torch.cat((late @ early.transpose(-1, -2), second), -1)), -2)
-        return blocks.squeeze(2)[..., : left.shape[-2], : right.shape[-2]].masked_fill(~mask, 0)
+        found = blocks.squeeze(2)[..., : left.shape[-2], : right.shape[-2]]
+        return by_family(by_family(found, of).transpose(-1, -2), to).transpose(-1, -2).masked_fill(~mask, 0)
 
     def pull_gram(
         self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         left_heads, right_heads = left.shape[1], right.shape[1]
         plain = to_heads(left, self.heads)
-        left, right = scale_rows(scalars, plain), to_heads(right, self.heads)
-        tokens, width = self.sums.shape[-2], self.width
+        left = by_token(scale_rows(scalars, plain), of)
+        right = by_token(to_heads(right, self.heads), to)
+        tokens, width = self.size, self.width
         rows, columns = left.shape[-2] // tokens, right.shape[-2] // tokens
         missing = width - tokens
-        blocks = pad(gradient.masked_fill(~mask, 0), (0, missing * columns, 0, missing * rows)).unsqueeze(2)
+        gradient = gradient.masked_fill(~mask, 0)
+        gradient = by_token(by_token(gradient, of).transpose(-1, -2), to).transpose(-1, -2)
+        blocks = pad(gradient, (0, missing * columns, 0, missing * rows)).unsqueeze(2)
         d_late = blocks.new_zeros(*blocks.shape[:2], width, rows, left.shape[-1])
         d_early = blocks.new_zeros(*blocks.shape[:2], width, columns, right.shape[-1])
         run = width
@@ -80,12 +90,13 @@ class VectorDecay(SummedDecay):
             blocks = torch.stack((first, second), 3).flatten(2, 3)
         d_left = d_late[:, :, :tokens].flatten(2, 3)
         d_right = d_early[:, :, :tokens].flatten(2, 3)
-        self.gather(of, d_left * left)
-        self.gather(to, -d_right * right)
+        self.gather(of, by_family(d_left * left, of))
+        self.gather(to, by_family(-d_right * right, to))
         # A token with itself: no decay between, hence no adjoint of it.
         own = blocks[:, :, :tokens]
         d_left = d_left + (own @ right.unflatten(2, (tokens, columns))).flatten(2, 3)
         d_right = d_right + (own.transpose(-1, -2) @ left.unflatten(2, (tokens, rows))).flatten(2, 3)
+        d_left, d_right = by_family(d_left, of), by_family(d_right, to)
         d_scalars = None if scalars is None else (d_left * plain).sum(-1)
         d_left = sum_to_heads(scale_rows(scalars, d_left), left_heads)
         return d_left, d_scalars, sum_to_heads(d_right, right_heads)
@@ -118,3 +129,13 @@ class VectorDecay(SummedDecay):
 
     def pull_total(self, diagonal: Tensor) -> None:
         self.gather_last(self.total() * diagonal)
+
+
+def by_token(array: Tensor, rows: Rows) -> Tensor:
+    """``[..., n, D]`` from the order of families to the order of tokens."""
+    return array if len(rows.families) == 1 else array.index_select(-2, rows.by_token)
+
+
+def by_family(array: Tensor, rows: Rows) -> Tensor:
+    """The inverse of ``by_token``."""
+    return array if len(rows.families) == 1 else array.index_select(-2, rows.by_token.argsort())

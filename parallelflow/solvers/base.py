@@ -26,6 +26,30 @@ class Factorisation(ABC):
     def __getitem__(self, index: slice | Tensor) -> Factorisation:
         """The factorisation of some of the chunks (an index of the first axis)."""
 
+    def apply(self, right: Tensor) -> Tensor:
+        """``solve`` in ``dtype``, rounded to that of ``right``."""
+        return self.solve(right.to(self.dtype)).to(right.dtype)
+
+    def transposed(self) -> Factorisation:
+        """``(I - G)ᵀ``."""
+        return Transposed(self)
+
+
+class Transposed(Factorisation):
+    """A factorisation with its two solves exchanged."""
+
+    def __init__(self, of: Factorisation) -> None:
+        self.of, self.dtype = of, of.dtype
+
+    def solve(self, right: Tensor) -> Tensor:
+        return self.of.solve_transposed(right)
+
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        return self.of.solve(right)
+
+    def __getitem__(self, index: slice | Tensor) -> Transposed:
+        return Transposed(self.of[index])
+
 
 class Stepwise(Factorisation):
     """A factorisation that is ``G`` itself: everything happens in the solve.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallelflow.solvers.base import Factorisation
 
-BASE = 16  # rows of the blocks inverted by substitution; larger ones are merged by products
+BASE = 32  # rows of the blocks inverted by substitution; larger ones are merged by products
 
 
 class tensor_inverse(Factorisation):
@@ -34,48 +34,43 @@ class tensor_inverse(Factorisation):
         part.inverse, part.dtype = self.inverse[index], self.dtype
         return part
 
+    def growth(self) -> Tensor:
+        """``max(‖T‖∞, ‖T‖₁)`` of every chunk: how much of its rounding G can pass on to a solution."""
+        sizes = self.inverse.abs()
+        return torch.maximum(sizes.sum(-1).amax(-1), sizes.sum(-2).amax(-1))
+
 
 def invert_unit_lower(gram: Tensor) -> Tensor:
     """``(I - G)⁻¹`` for strictly lower triangular ``G [..., n, n]``, any n. Entries on and above the diagonal are not
     read."""
-    size = gram.shape[-1]
-    blocks = 1
-    while size > BASE * blocks:
-        blocks *= 2
-    padded = -(-size // blocks) * blocks
-    if padded != size:
-        gram = torch.nn.functional.pad(gram, (0, padded - size, 0, padded - size))
-    rows = padded // blocks
-    batch = gram.shape[:-2]
-    tiles = gram.reshape(*batch, blocks, rows, blocks, rows).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-    inverse = _Tiles.apply(tiles)  # [..., blocks, rows, rows]
-    while blocks > 1:
-        blocks //= 2
-        lower = gram.reshape(*batch, blocks, 2, rows, blocks, 2, rows)[..., 1, :, :, 0, :]
-        lower = lower.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., blocks, rows, rows]
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        merged = second @ (lower @ first)
-        top = torch.nn.functional.pad(first, (0, rows))
-        inverse = torch.cat((top, torch.cat((merged, second), -1)), -2)
-        rows *= 2
-    return inverse.squeeze(-3)[..., :size, :size]
+    return _Inverse.apply(gram)  # type: ignore[no-any-return]
 
 
-class _Tiles(torch.autograd.Function):
-    """Inverses of the base blocks ``[..., s, s]`` by right-looking substitution, all blocks in the innermost axis:
-    ``T_p += G[p,q] T_q`` for all p > q, q after q."""
+class _Inverse(torch.autograd.Function):
+    """Its adjoint needs nothing but the result: ``dG = tril(Tᵀ dT Tᵀ, -1)``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tiles: Tensor) -> Tensor:
-        size = tiles.shape[-1]
-        gram = tiles.reshape(-1, size, size).permute(1, 2, 0).contiguous()
-        inverse = torch.zeros_like(gram)
-        inverse.diagonal(dim1=0, dim2=1).fill_(1)
-        for row in range(size - 1):
-            inverse[row + 1 :, : row + 1].addcmul_(gram[row + 1 :, row, None], inverse[row, None, : row + 1])
-        return inverse.permute(2, 0, 1).reshape(tiles.shape)
+    def forward(gram: Tensor) -> Tensor:
+        size = gram.shape[-1]
+        blocks = 1
+        while size > BASE * blocks:
+            blocks *= 2
+        rows = -(-size // blocks)
+        missing = blocks * rows - size
+        if missing:
+            gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
+        inverse = _substitute(_diagonal(gram, blocks, 0))  # [..., blocks, rows, rows]
+        while blocks > 1:
+            blocks //= 2
+            first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+            inverse = gram.new_zeros(*gram.shape[:-2], blocks, 2 * rows, 2 * rows)
+            inverse[..., :rows, :rows] = first
+            inverse[..., rows:, rows:] = second
+            inverse[..., rows:, :rows] = second @ (_diagonal(gram, blocks, 1) @ first)
+            rows *= 2
+        return inverse.squeeze(-3)[..., :size, :size]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -83,7 +78,28 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """``dG = tril(Tᵀ dT Tᵀ, -1)``."""
         (inverse,) = ctx.saved_tensors
         transposed = inverse.transpose(-1, -2)
         return (transposed @ gradient @ transposed).tril(-1)
+
+
+def _diagonal(gram: Tensor, blocks: int, half: int) -> Tensor:
+    """The diagonal blocks ``[..., blocks, s, s]``, or (``half``: 1) the lower left quarter of each."""
+    if half:
+        parts = (blocks, 2, -1)
+        tiles = gram.unflatten(-2, parts).unflatten(-1, parts)[..., 1, :, :, 0, :]
+    else:
+        tiles = gram.unflatten(-2, (blocks, -1)).unflatten(-1, (blocks, -1))
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _substitute(tiles: Tensor) -> Tensor:
+    """Inverses of unit lower triangular tiles ``[..., s, s]`` by right-looking substitution, all tiles in the innermost
+    axis: ``T_p += G[p,q] T_q`` for all p > q, q after q."""
+    size = tiles.shape[-1]
+    gram = tiles.reshape(-1, size, size).permute(1, 2, 0).contiguous()
+    inverse = torch.zeros_like(gram)
+    inverse.diagonal(dim1=0, dim2=1).fill_(1)
+    for row in range(size - 1):
+        inverse[row + 1 :, : row + 1].addcmul_(gram[row + 1 :, row, None], inverse[row, None, : row + 1])
+    return inverse.permute(2, 0, 1).reshape(tiles.shape)
