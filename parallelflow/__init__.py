@@ -4,6 +4,7 @@
 """
 
 from parallelflow import step
+from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers import Factor, LowRankDriver, Row
 from parallelflow.flow import Flow, compose
 from parallelflow.functional import (
@@ -28,6 +29,8 @@ from parallelflow.integrate import Result, ResultWithStates, integrate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Discretization",
+    "DriverSource",
     "Factor",
     "Flow",
     "LowRankDriver",
@@ -38,6 +41,7 @@ __all__ = [
     "compose",
     "delta_product",
     "delta_rule",
+    "discretize",
     "efla",
     "gated_delta_rule",
     "gated_delta_rule_2",

@@ -6,45 +6,81 @@ differentiating the plain forward pass twice. Compiled: a registered operator wi
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from parallelflow import torch_backend
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, carry_count
 
 SLOTS = len(Inputs._fields)
+_SLOT = {name: slot for slot, name in enumerate(Inputs._fields)}
+TIES = (_SLOT["write"], _SLOT["read"]), (_SLOT["value_coefficient"], _SLOT["read_coefficient"])
 
 
 class Setting(NamedTuple):
-    """All that is not a differentiable tensor; ``backend`` is ``torch``, or a tier of the kernels."""
+    """All that is not a differentiable tensor; ``backend`` is ``torch``, or a tier of the kernels.
+
+    ``ties`` tells for each slot of the inputs the first slot that holds the same tensor. Only that one is passed
+    through autograd, which would otherwise add a tied tensor's gradients itself, zeros included.
+    """
 
     traits: Traits
     plan: Plan
     sequence_starts: list[int] | None
     backend: str
+    ties: tuple[int, ...] = tuple(range(SLOTS))
 
-    def forward(self, inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Output, final states, and what the backward pass starts from."""
+        inputs = self.tied(untied)
         if self.backend == "torch":
-            output, final, carries = torch_backend.forward(inputs, self.traits, self.plan, self.sequence_starts)
+            output, final, carries = self.plain(inputs)
             return output, final, [carries]
         from parallelflow.kernels import backend
 
         return backend.forward(inputs, self.traits, self.sequence_starts, self.backend, keep)
 
-    def backward(self, inputs: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor) -> Inputs:
-        """Gradients of all inputs."""
-        if self.backend == "torch":
-            parts = (saved[0], d_output, d_final)
-            return torch_backend.backward(inputs, self.traits, self.plan, self.sequence_starts, *parts)
-        from parallelflow.kernels import backend
+    def plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The torch backend's forward pass."""
+        return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
 
-        return backend.backward(
-            inputs, self.traits, self.sequence_starts, self.backend, saved, d_output, d_final
-        )  # fmt: skip
+    def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
+        """Gradients of all that is passed through autograd; ``d_final`` None is zero."""
+        inputs = self.tied(untied)
+        if self.backend != "torch":
+            from parallelflow.kernels import backend
+
+            gradients = backend.backward(
+                inputs, self.traits, self.sequence_starts, self.backend, saved, d_output, d_final
+            )
+        else:
+            stacked = inputs.stacked()
+            if d_final is None:
+                d_final = saved[0].new_zeros(self.states(inputs))
+            parts = (saved[0], d_output, d_final)
+            gradients = torch_backend.backward(stacked, self.traits, self.plan, self.sequence_starts, *parts)
+            gradients = gradients.unstacked(inputs)
+        folded: list[Tensor | None] = [None] * SLOTS
+        for gradient, slot in zip(gradients, self.ties, strict=True):
+            if gradient is not None:
+                folded[slot] = gradient if folded[slot] is None else folded[slot] + gradient
+        return Inputs(*folded)  # type: ignore[arg-type]
+
+    def tied(self, untied: Inputs) -> Inputs:
+        """The inputs with every slot filled."""
+        return Inputs(*[untied[slot] for slot in self.ties])  # type: ignore[arg-type]
+
+    def states(self, inputs: Inputs) -> tuple[int, int, int, int]:
+        """The shape of the final states, ``[N, HV, K, V]``."""
+        _, value_heads, key_dim, value_dim, _ = sizes_of(inputs)
+        starts = self.sequence_starts
+        return inputs.query.shape[0] if starts is None else len(starts) - 1, value_heads, key_dim, value_dim
 
 
 class _Flow(torch.autograd.Function):
@@ -60,11 +96,17 @@ class _Flow(torch.autograd.Function):
         ctx.setting, ctx.saved_count = inputs[0], len(output) - 2
         ctx.save_for_backward(*output[2:], *inputs[1:])
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.output_shape = output[0].shape
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Tensor) -> tuple:
         count, kept = ctx.saved_count, ctx.saved_tensors  # unpacked once: checkpointing allows no second time
         saved, inputs = kept[:count], kept[count:]
+        if d_output is None:  # only the final state was used
+            d_output = inputs[0].new_zeros(ctx.output_shape)
+        if _nothing_to_record([d_output, d_final, *inputs]):
+            return None, *ctx.setting.backward(Inputs(*inputs), list(saved), d_output, d_final)
         found = _FlowBackward.apply(ctx.setting, count, *saved, d_output, d_final, *inputs)
         gradients = iter(found)
         return None, *(None if tensor is None else next(gradients) for tensor in inputs)
@@ -106,24 +148,28 @@ class _FlowBackward(torch.autograd.Function):
         setting = ctx.setting
         present = [slot for slot, tensor in enumerate(inputs) if tensor is not None]
 
+        unused = d_final is None
+        if unused:
+            d_final = torch.zeros(setting.states(setting.tied(Inputs(*inputs))), dtype=torch.float32)
+            d_final = d_final.to(d_output.device)
+
         def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             """The plain forward pass, which autograd differentiates."""
             filled: list[Tensor | None] = [None] * len(inputs)
             for slot, tensor in zip(present, tensors, strict=True):
                 filled[slot] = tensor
-            plain = (setting.traits, setting.plan, setting.sequence_starts)
-            return torch_backend.forward(Inputs(*filled), *plain)[:2]  # type: ignore[arg-type]
+            return setting.plain(setting.tied(Inputs(*filled)))[:2]  # type: ignore[arg-type]
 
         def pull(d_output: Tensor, d_final: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            found: Any = torch.func.vjp(run, *tensors)
-            return found[1]((d_output, d_final))
+            (_, final), back = torch.func.vjp(run, *tensors)  # type: ignore[misc]
+            return back((d_output, d_final.to(final.dtype)))
 
         twice: Any = torch.func.vjp(pull, d_output, d_final, *(inputs[slot] for slot in present))
         dd_output, dd_final, *gradients = twice[1](cotangents)
         filled = [None] * len(inputs)
         for slot, gradient in zip(present, gradients, strict=True):
             filled[slot] = gradient
-        return None, None, *(None for _ in range(ctx.count)), dd_output, dd_final, *filled
+        return None, None, *(None for _ in range(ctx.count)), dd_output, None if unused else dd_final, *filled
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, setting: Setting, count: int, *tensors: Tensor | None) -> tuple[tuple, tuple]:
@@ -135,6 +181,10 @@ class _FlowBackward(torch.autograd.Function):
         merged = _merge(tensors[count:], dims[count:], info.batch_size)
         gradients = _FlowBackward.apply(setting, count, *tensors[:count], *merged)
         return _unmerge(gradients, info.batch_size), (0,) * len(gradients)
+
+
+for _function in (_Flow, _FlowBackward):  # autograd asks for it in every call, and inspect would make it anew
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _pick(tensors: tuple, dims: tuple, number: int) -> list[Tensor | None]:
@@ -169,6 +219,7 @@ class _Code(NamedTuple):
     flags: list[int]
     positions: list[int]
     lone_positions: list[int]
+    ties: list[int]
     scale: float | None
     names: str
 
@@ -178,7 +229,8 @@ class _Code(NamedTuple):
         signs = [traits.read_sign, traits.value_sign, traits.lone_sign]
         flags = [int(traits.sequential), int(traits.raw), int(traits.tied), *signs, plan.chunk_size]
         names = f"{plan.solver} {plan.aggregate} {setting.backend}"
-        return _Code(flags, list(traits.positions), list(traits.lone_positions), traits.scale, names)
+        lists = (list(traits.positions), list(traits.lone_positions), list(setting.ties))
+        return _Code(flags, *lists, traits.scale, names)
 
     def setting(self, cu_seqlens: Tensor | None) -> Setting:
         sequential, raw, tied, read_sign, value_sign, lone_sign, chunk_size = self.flags
@@ -188,7 +240,7 @@ class _Code(NamedTuple):
         )  # fmt: skip
         solver, aggregate, backend = self.names.split()
         starts = None if cu_seqlens is None else cu_seqlens.tolist()
-        return Setting(traits, Plan(chunk_size, solver, aggregate), starts, backend)
+        return Setting(traits, Plan(chunk_size, solver, aggregate), starts, backend, tuple(self.ties))
 
 
 @torch.library.custom_op("parallelflow::integrate", mutates_args=())
@@ -208,6 +260,7 @@ def _integrate(
     flags: list[int],
     positions: list[int],
     lone_positions: list[int],
+    ties: list[int],
     scale: float | None,
     names: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,16 +268,17 @@ def _integrate(
         query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
         log_decay, initial_state,
     )  # fmt: skip
-    code = _Code(flags, positions, lone_positions, scale, names)
+    code = _Code(flags, positions, lone_positions, ties, scale, names)
     output, final, saved = code.setting(cu_seqlens).forward(inputs, keep=False)
     return output, final, saved[0] if saved else query.new_empty(0)
 
 
 @_integrate.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
-    inputs, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
-    query, (_, plan, _, backend) = inputs.query, _Code(*arguments[SLOTS + 1 :]).setting(None)
-    _, value_heads, key_dim, value_dim, dtype = sizes_of(inputs)
+    untied, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
+    setting = _Code(*arguments[SLOTS + 1 :]).setting(None)
+    query, plan, backend = untied.query, setting.plan, setting.backend
+    _, value_heads, key_dim, value_dim, dtype = sizes_of(setting.tied(untied))
     batch, time = query.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (value_heads, key_dim, value_dim)
@@ -246,10 +300,11 @@ def _integrate_backward(
     flags: list[int],
     positions: list[int],
     lone_positions: list[int],
+    ties: list[int],
     scale: float | None,
     names: str,
 ) -> list[Tensor]:
-    code = _Code(flags, positions, lone_positions, scale, names)
+    code = _Code(flags, positions, lone_positions, ties, scale, names)
     filled: list[Tensor | None] = [None] * SLOTS
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
@@ -283,10 +338,32 @@ def _pull(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
 torch.library.register_autograd("parallelflow::integrate", _pull, setup_context=_setup)
 
 
-def run(inputs: Inputs, setting: Setting, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def run(
+    inputs: Inputs,
+    traits: Traits,
+    plan: Plan,
+    sequence_starts: list[int] | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """Output and final states, differentiable."""
+    ties = list(range(SLOTS))
+    untied: list[Tensor | None] = list(inputs)
+    for slot, other in TIES:
+        if inputs[slot] is inputs[other]:
+            ties[slot], untied[slot] = other, None
+    setting = Setting(traits, plan, sequence_starts, backend, tuple(ties))
     if torch.compiler.is_compiling():
-        output, final, _ = _integrate(*inputs, cu_seqlens, *_Code.of(setting))
+        output, final, _ = _integrate(*untied, cu_seqlens, *_Code.of(setting))
+    elif _nothing_to_record(untied):
+        output, final, _ = setting.forward(Inputs(*untied), keep=False)  # type: ignore[arg-type]
     else:
-        output, final, *_ = _Flow.apply(setting, *inputs)
+        output, final, *_ = _Flow.apply(setting, *untied)
     return output, final
+
+
+def _nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether neither autograd nor a function transform watches these tensors."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def show(tensor: Tensor) -> str:
     """A tensor's shape, as it is written in messages."""
     return str(list(tensor.shape))
+
+
+def fingerprint(*tensors: Tensor | None) -> list[object]:
+    """What checks of shapes look at, in a form that can be compared and hashed."""
+    return [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else type(t) for t in tensors]
+
+
+class Memory(Generic[T]):
+    """What was found for a few thousand keys; what cannot be hashed (sizes that are symbols) is not remembered."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, T] = {}
+
+    def recall(self, key: object) -> T | None:
+        """What was kept for this key."""
+        try:
+            return self._found.get(key)
+        except TypeError:
+            return None
+
+    def keep(self, key: object, found: T) -> None:
+        """To be recalled."""
+        if len(self._found) >= 4096:
+            self._found.clear()
+        with suppress(TypeError):
+            self._found[key] = found
 
 
 def expect_tensor(name: str, value: object) -> None:
@@ -78,6 +108,19 @@ def check_layouts(**tensors: tuple[Tensor | None, str]) -> None:
         TypeError: for what is not a floating-point tensor.
         ValueError: for a wrong number of axes, a size or a device that differs, naming the argument.
     """
+    if torch.compiler.is_compiling():
+        _check_layouts(tensors)
+        return
+    key = (tuple(tensors), *[(pair[1], *fingerprint(pair[0])) for pair in tensors.values()])
+    if not _PASSED.recall(key):
+        _check_layouts(tensors)
+        _PASSED.keep(key, True)
+
+
+_PASSED: Memory[bool] = Memory()
+
+
+def _check_layouts(tensors: dict[str, tuple[Tensor | None, str]]) -> None:
     sizes: dict[str, int] = {}
     first = ""
     device = None

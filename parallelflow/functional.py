@@ -3,7 +3,8 @@
 All take ``query, key [B, T, H, K]`` and ``value [B, T, HV, V]`` (HV a multiple of H: value head h reads key head
 ``h // (HV // H)``) and return ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``. ``**options`` are of
 ``Options``: ``integrate``'s, and ``normalize_query_key``, which divides query and keys by their norm,
-``x · rsqrt(Σ x² + 1e-6)``. Log-decays are natural and ≤ 0; -inf resets the state.
+``x · rsqrt(Σ x² + 1e-6)``. Log-decays are natural and ≤ 0; -inf resets the state. The formulas below are Euler's steps
+of a continuous system; ``discretization`` takes others.
 """
 
 from __future__ import annotations
@@ -260,6 +261,7 @@ def longhorn(
     Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
     """
     _check_delta(query, key, value, beta)
+    _check_own_step("longhorn", "backward_euler", options)
     query, key, rest = _prepare(query, key, options)
     return integrate(drivers.longhorn(key, value, beta), query, **rest)
 
@@ -272,6 +274,7 @@ def efla(
     Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
     """
     _check_delta(query, key, value, beta)
+    _check_own_step("efla", "exact", options)
     query, key, rest = _prepare(query, key, options)
     return integrate(drivers.efla(key, value, beta), query, **rest)
 
@@ -311,6 +314,15 @@ def _check_delta(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **more
     check_layouts(
         query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"), beta=(beta, "B T HV"), **more
     )
+
+
+def _check_own_step(model: str, scheme: str, options: Options) -> None:
+    """ValueError for another discretisation of what is one already."""
+    if options.get("discretization") is not None:
+        raise ValueError(
+            f"discretization: got {options['discretization']!r}, expected none: {model} is {scheme!r} of delta_rule, "
+            "which takes any"
+        )
 
 
 def _prepare(

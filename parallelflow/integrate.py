@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
-from parallelflow.autograd import Setting, run
+from parallelflow.autograd import run
 from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
+from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
 from parallelflow.recurrence import advance
@@ -41,6 +42,7 @@ class ResultWithStates(NamedTuple):
 class Options(TypedDict, total=False):
     """Keyword options of ``integrate``, taken by every model; ``functional`` adds its own. See ``integrate``."""
 
+    discretization: Discretization | str | None
     scale: float | None
     initial_state: Tensor | None
     return_final_state: bool
@@ -55,9 +57,10 @@ class Options(TypedDict, total=False):
 
 
 def integrate(
-    driver: LowRankDriver,
+    driver: LowRankDriver | DriverSource,
     query: Tensor,
     *,
+    discretization: Discretization | str | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
@@ -73,8 +76,11 @@ def integrate(
     """``o_t = scale · S_tᵀ q_t`` along the flow of ``driver``, all tokens at once.
 
     Args:
-        driver: the model's rows and decay.
+        driver: the model's rows and decay; or a ``DriverSource``, whose grid has T steps.
         query: ``[B, T, H, K]``; its dtype is the output's.
+        discretization: how the driver's continuous system is stepped: ``euler`` (rows as they are; what None is),
+            ``backward_euler``, ``cayley``, ``rk4``, ``exact``; with a ``DriverSource`` also ``magnus4``; or a
+            ``Discretization``, which has a step size and a splitting too.
         scale: None is ``K^-½``.
         initial_state: ``[N, HV, K, V]``, float32 or float64; None is zero. N is B, or the number of packed sequences.
         return_final_state: whether to return the state after each sequence's last token.
@@ -102,8 +108,11 @@ def integrate(
 
     Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492).
     """
-    if not isinstance(driver, LowRankDriver):
-        raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver")
+    if not isinstance(driver, LowRankDriver | DriverSource):
+        raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
+    if discretization is not None and isinstance(driver, LowRankDriver):
+        canonical(*_autocast(driver, query), initial_state, scale)  # shapes are checked before rows are combined
+    driver = discretize(driver, discretization)
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
@@ -117,7 +126,7 @@ def integrate(
              "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
-    inputs, traits = canonical(driver, query, initial_state, scale)
+    inputs, traits, decided = canonical(driver, query, initial_state, scale)
     checking = may_read(query) if validate is None else validate
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
@@ -125,10 +134,14 @@ def integrate(
             "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
         )
     if query.shape[1] == 1 and cu_seqlens is None:
-        output, final = advance(inputs, traits)
+        output, final = advance(inputs.stacked(), traits)
     else:
-        plan = Plan(int(chunk_size), solver, aggregate)
-        output, final = run(inputs, Setting(traits, plan, starts, _choose(backend, inputs, traits, plan)), cu_seqlens)
+        choice = (backend, chunk_size, solver, aggregate)
+        if choice not in decided:
+            plan = Plan(int(chunk_size), solver, aggregate)
+            decided[choice] = plan, _choose(backend, inputs, traits, plan)
+        plan, tier = decided[choice]
+        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier)
     return Result(output, final if return_final_state else None)
 
 
@@ -235,7 +248,7 @@ def _with_states(
 
     On packed sequences a position counts tokens of the line; its state is that of the sequence it ends in.
     """
-    inputs, _ = canonical(driver, query, initial_state, None)
+    inputs = canonical(driver, query, initial_state, None).inputs
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
     time = query.shape[1]
     try:

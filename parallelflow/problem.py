@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_floating, expect_rank, expect_shape, show
+from parallelflow.checks import Memory, expect_floating, expect_rank, expect_shape, fingerprint, show
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 
 
 class Inputs(NamedTuple):
-    """Everything with a gradient. Rows always have their R axis; the same tensor in two slots is a tie.
+    """Everything with a gradient; the same tensor in two slots is a tie.
 
     ``query [B, T, H, K]``; of the rows that read: ``read``, ``write`` ``[B, T, R, H|HV, K]``, ``read_coefficient``
     ``[B, T, R, H|HV(, K)]``, ``value [B, T, R, H|HV, V]``, ``value_coefficient [B, T, R, H|HV(, V)]``; of the rows that
     only write: ``lone_write``, ``lone_value``, ``lone_coefficient``, likewise; ``log_decay [B, T, HV(, K)]``;
-    ``initial_state [N, HV, K, V]``. What a driver lacks is None.
+    ``initial_state [N, HV, K, V]``. What a driver lacks is None. A single row may come without its R axis.
     """
 
     query: Tensor
@@ -34,6 +34,34 @@ class Inputs(NamedTuple):
     lone_coefficient: Tensor | None = None
     log_decay: Tensor | None = None
     initial_state: Tensor | None = None
+
+    @property
+    def single(self) -> tuple[int, ...]:
+        """The slots whose tensors lack the R axis."""
+        slots: tuple[int, ...] = ()
+        if self.write is not None and self.write.ndim == 4:
+            slots += (1, 2, 3, 4, 5)
+        if self.lone_write is not None and self.lone_write.ndim == 4:
+            slots += (6, 7, 8)
+        return slots
+
+    def stacked(self) -> Inputs:
+        """The same with the R axis everywhere; ties stay ties."""
+        views: dict[int, Tensor] = {}
+        tensors: list[Tensor | None] = list(self)
+        for slot in self.single:
+            tensor = self[slot]
+            if tensor is not None:
+                tensors[slot] = views.setdefault(id(tensor), tensor.unsqueeze(2))
+        return Inputs(*tensors)  # type: ignore[arg-type]
+
+    def unstacked(self, like: Inputs) -> Inputs:
+        """The same without the R axes that ``like`` lacks."""
+        tensors: list[Tensor | None] = list(self)
+        for slot in like.single:
+            tensor = self[slot]
+            tensors[slot] = None if tensor is None else tensor.squeeze(2)
+        return Inputs(*tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -100,43 +128,74 @@ def sizes_of(inputs: Inputs) -> Sizes:
     for tensor in inputs:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
+    single = inputs.single
     heads = [inputs.query.shape[2]]
-    heads += [t.shape[3] for t in inputs[1:9] if t is not None]
+    heads += [t.shape[2 if slot in single else 3] for slot, t in enumerate(inputs[1:9], 1) if t is not None]
     heads += [t.shape[2] for t in inputs[9:10] if t is not None]
     heads += [t.shape[1] for t in inputs[10:] if t is not None]
     values = [t for t in (inputs.value, inputs.lone_value, inputs.initial_state) if t is not None]
     return Sizes(inputs.query.shape[2], max(heads), inputs.query.shape[3], values[0].shape[-1], dtype)
 
 
-def canonical(
-    driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None
-) -> tuple[Inputs, Traits]:
-    """The driver's rows gathered in two families, those that read and those that only write, and all shapes checked.
+class Problem(NamedTuple):
+    """A driver and a query, gathered and checked. ``decided`` is one dictionary, empty at first, for all problems of
+    the same shapes, dtypes, devices and structure: what follows from those alone is found once."""
+
+    inputs: Inputs
+    traits: Traits
+    decided: dict[Any, Any]
+
+
+_KNOWN: Memory[tuple[Traits, dict[Any, Any]]] = Memory()
+_ABSENT = Factor(None)  # type: ignore[arg-type]
+
+
+def canonical(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> Problem:
+    """The driver's rows gathered in two families, those that read and those that only write, and all shapes checked:
+    once for each set of shapes, dtypes, devices and ties.
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, naming the one at fault.
     """
+    if torch.compiler.is_compiling():
+        return _examine(driver, query, initial_state, scale)
+    key = _key(driver, query, initial_state, scale)
+    known = _KNOWN.recall(key)
+    if known is not None:
+        return Problem(_gather(driver, query, initial_state), *known)
+    found = _examine(driver, query, initial_state, scale)
+    _KNOWN.keep(key, (found.traits, found.decided))
+    return found
+
+
+def _examine(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> Problem:
+    _check_all(driver, query, initial_state)
+    inputs = _gather(driver, query, initial_state)
+    return Problem(inputs, _describe(driver, inputs, scale), {})
+
+
+def _key(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> tuple:
+    """All that the checks and the traits depend on."""
+    parts: list[Any] = [scale, driver.order, driver.reads, *fingerprint(query, driver.log_decay, initial_state)]
+    for row in driver.rows:
+        write, read, value = row.write, row.read or _ABSENT, row.value or _ABSENT
+        parts += read.vector is write, read.coefficient is value.coefficient, read.sign, value.sign
+        parts += fingerprint(write, read.vector, read.coefficient, value.vector, value.coefficient)
+    return tuple(parts)
+
+
+def _families(driver: LowRankDriver) -> tuple[list[Row], list[Row]]:
+    """The rows that read, and those that only write."""
+    reading = [row for row in driver.rows if row.read is not None]
+    return reading, [row for row in driver.rows if row.read is None]
+
+
+def _check_all(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None) -> None:
     expect_floating("query", query)
     expect_rank("query", query, "[B, T, H, K]", 4)
     batch, time, heads, key_dim = query.shape
     if heads == 0 or key_dim == 0:
         raise ValueError(f"query: got shape {show(query)}, expected at least one head and one channel")
-    reading: list[Row] = []
-    writing: list[Row] = []
-    positions: list[int] = []
-    lone_positions: list[int] = []
-    place = 0
-    for row in driver.rows:
-        rank = row.write.shape[2] if row.write.ndim == 5 else 1
-        places = list(range(place, place + rank))
-        place += rank
-        if row.read is None:
-            writing.append(row)
-            lone_positions += places
-        else:
-            reading.append(row)
-            positions += places
-
     value_heads, value_dim = _value_shape(driver, heads, initial_state)
     if value_heads % heads:
         raise ValueError(f"value: got {value_heads} heads, expected a multiple of the query's {heads}")
@@ -151,43 +210,65 @@ def canonical(
         )
         if initial_state.dtype.itemsize < 4:
             raise TypeError(f"initial_state: got dtype {initial_state.dtype}, expected float32 or float64")
+    for name, tensor in zip(Inputs._fields, _gather(driver, query, initial_state), strict=True):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected the query's, {query.device}")
 
-    read, read_coefficient, read_sign = _stack([row.read for row in reading], value_heads)
-    write, _, _ = _stack([Factor(row.write) for row in reading], value_heads)
-    if len(reading) == 1 and reading[0].read is not None and reading[0].read.vector is reading[0].write:
-        write = read  # one view, so that the tie stays a tie
+
+def _gather(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None) -> Inputs:
+    """The rows' factors in their slots."""
+    reading, writing = _families(driver)
+    if len(driver.rows) == 1:  # nothing to join: the tensors as they are
+        write, read, value = driver.rows[0].write, driver.rows[0].read, driver.rows[0].value or _ABSENT
+        if read is None:
+            parts = (None, None, None, None, None, write, value.vector, value.coefficient)
+        else:
+            parts = (read.vector, read.coefficient, write, value.vector, value.coefficient, None, None, None)
+        return Inputs(query, *parts, driver.log_decay, initial_state)
+    value_heads, value_dim = _value_shape(driver, query.shape[2], initial_state)
+    read, read_coefficient = _stack([row.read for row in reading], value_heads)
+    write, _ = _stack([Factor(row.write) for row in reading], value_heads)
     values = [row.value for row in reading]
     if any(factor is not None for factor in values):  # a row without a value beside rows with one writes zeros
         blank = (value_heads, value_dim)
         values = [row.value or Factor(row.write.new_zeros(*row.write.shape[:-2], *blank)) for row in reading]
-    value, value_coefficient, value_sign = _stack(values, value_heads)
-    if len(reading) == 1 and reading[0].read is not None and reading[0].value is not None:
-        shared = reading[0].read.coefficient
-        if shared is not None and shared is reading[0].value.coefficient:
-            value_coefficient = read_coefficient
-    tied = read is not None and write is read and read_coefficient is not None
-    tied = tied and value_coefficient is read_coefficient and (read_sign, value_sign) == (-1, 1)
-    lone_write, _, _ = _stack([Factor(row.write) for row in writing], value_heads)
-    lone_value, lone_coefficient, lone_sign = _stack([row.value for row in writing], value_heads)
-    inputs = Inputs(
+    value, value_coefficient = _stack(values, value_heads)
+    lone_write, _ = _stack([Factor(row.write) for row in writing], value_heads)
+    lone_value, lone_coefficient = _stack([row.value for row in writing], value_heads)
+    return Inputs(
         query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
         driver.log_decay, initial_state,
     )  # fmt: skip
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected the query's, {query.device}")
-    traits = Traits(
+
+
+def _describe(driver: LowRankDriver, inputs: Inputs, scale: float | None) -> Traits:
+    reading, writing = _families(driver)
+    positions: list[int] = []
+    lone_positions: list[int] = []
+    place = 0
+    for row in driver.rows:
+        rank = row.write.shape[2] if row.write.ndim == 5 else 1
+        (lone_positions if row.read is None else positions).extend(range(place, place + rank))
+        place += rank
+    read_sign, value_sign = _sign([row.read for row in reading]), _sign([row.value for row in reading])
+    tied = inputs.read is not None and inputs.write is inputs.read and inputs.read_coefficient is not None
+    tied = tied and inputs.value_coefficient is inputs.read_coefficient and (read_sign, value_sign) == (-1, 1)
+    return Traits(
         sequential=driver.order == "sequential" and driver.rank > 1,
         raw=driver.reads == "raw" and driver.log_decay is not None,
         positions=tuple(positions),
         lone_positions=tuple(lone_positions),
         read_sign=read_sign,
         value_sign=value_sign,
-        lone_sign=lone_sign,
+        lone_sign=_sign([row.value for row in writing]),
         tied=tied,
         scale=None if scale is None else float(scale),
     )
-    return inputs, traits
+
+
+def _sign(factors: Sequence[Factor | None]) -> int:
+    """A family's sign: that of a lone factor; several have theirs in the coefficients."""
+    return factors[0].sign if len(factors) == 1 and factors[0] is not None else 1
 
 
 def _value_shape(driver: LowRankDriver, heads: int, initial_state: Tensor | None) -> tuple[int, int]:
@@ -245,16 +326,13 @@ def _check_decay(log_decay: Tensor | None, batch: int, time: int, value_heads: i
         expect_shape("log_decay", log_decay, "[B, T, HV, K]", (batch, time, value_heads, key_dim))
 
 
-def _stack(factors: Sequence[Factor | None], value_heads: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """One factor for a family of rows, with its R axis. One stack stays as it is; several are joined along R."""
+def _stack(factors: Sequence[Factor | None], value_heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """One factor for a family of rows: a single one stays as it is; several are joined along R."""
     present = [factor for factor in factors if factor is not None]
     if not present:
-        return None, None, 1
+        return None, None
     if len(factors) == 1:
-        vector, coefficient, sign = present[0]
-        if vector.ndim == 5:
-            return vector, coefficient, sign
-        return vector.unsqueeze(2), None if coefficient is None else coefficient.unsqueeze(2), sign
+        return present[0].vector, present[0].coefficient
 
     # Several rows of one kind: joined with their signs in the coefficients.
     channelwise = any(f.coefficient is not None and f.coefficient.ndim == f.vector.ndim for f in present)
@@ -272,4 +350,4 @@ def _stack(factors: Sequence[Factor | None], value_heads: int) -> tuple[Tensor |
         if channelwise and coefficient.ndim == 4:
             coefficient = coefficient.unsqueeze(-1).expand(vector.shape)
         coefficients.append(coefficient * sign)
-    return torch.cat(vectors, 2), None if plain else torch.cat(coefficients, 2), 1
+    return torch.cat(vectors, 2), None if plain else torch.cat(coefficients, 2)

@@ -2,7 +2,8 @@
 
 ``query, key [B, H, K]``, ``value [B, HV, V]``, ``beta [B, HV]`` and so on (``delta_product`` keeps its R axis), and
 ``state [B, HV, K, V]``, the very state that the chunked functions take and return. Each returns
-``Result(output [B, HV, V], final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``.
+``Result(output [B, HV, V], final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``,
+``discretization`` (whose ``step``, if it is a tensor, keeps its time axis: ``[B, 1]`` or ``[B, 1, HV]``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from parallelflow import functional
 from parallelflow.checks import expect_tensor, nearest
 from parallelflow.integrate import Result
 
-_OPTIONS = ("scale", "normalize_query_key", "validate")
+_OPTIONS = ("scale", "normalize_query_key", "discretization", "validate")
 
 
 def _single(model: Callable[..., Any]) -> Callable[..., Result]:

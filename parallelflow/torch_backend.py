@@ -217,4 +217,3 @@ def _filled(sequence_starts: list[int] | None, device: torch.device) -> Tensor:
     """The sequences that have tokens."""
     lengths = [last - first for first, last in pairwise(sequence_starts or ())]
     return torch.tensor([n for n, length in enumerate(lengths) if length], dtype=torch.long, device=device)
-

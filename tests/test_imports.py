@@ -15,11 +15,11 @@ PACKAGE = ROOT / "parallelflow"
 
 LADDER: tuple[tuple[str, ...], ...] = (
     ("checks", "lanes", "decays"),  # errors; runs of chunks; exponents inside a chunk
-    ("flow", "windows"),
+    ("flow", "windows", "solvers"),
     ("drivers",),
-    ("discretize", "problem"),
-    ("system",),
-    ("solvers", "aggregate", "readout"),
+    ("problem",),
+    ("system", "discretizations"),
+    ("aggregate",),
     ("kernels", "torch_backend", "recurrence"),
     ("autograd",),
     ("integrate",),
@@ -29,7 +29,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("compat", "cli"),
 )
-"""flow <- drivers <- discretize <- {solvers, aggregate, readout} <- kernels <- integrate <- functional <- nn <- models
+"""flow <- drivers <- discretizations <- system <- aggregate <- kernels <- integrate <- functional <- nn <- models
 <- {compat, cli}, with the small parts between: a part imports from the steps before its own only, and never from a part
 beside it."""
 

@@ -19,7 +19,7 @@ class ScalarDecay(SummedDecay):
         self._weights: dict[tuple, Tensor] = {}
 
     def weighted(self, pairs: Tensor, of: Rows, to: Rows) -> Tensor:
-        """``pairs[p, q] · min(e^{r_p - c_q}, 1)``; ``pairs [M, H | HV, n, m]`` are 0 where q does not precede p.
+        """``pairs[p, q] · e^{r_p - c_q}``; ``pairs [M, H | HV, n, m]`` are 0 where q does not precede p.
 
         Families that see the sums alike share one array of exponentials.
         """
@@ -28,7 +28,8 @@ class ScalarDecay(SummedDecay):
         key = (of.families, to.families, pairs.dtype)
         if key not in self._weights:
             difference = self.exponent(rows).unsqueeze(-1) - self.exponent(columns).unsqueeze(-2)
-            self._weights[key] = difference.to(pairs.dtype).clamp_(max=0).exp_()
+            later = rows.places[:, None] < columns.places
+            self._weights[key] = difference.to(pairs.dtype).masked_fill_(later, 0).exp_()
         weights = self._weights[key].unflatten(1, (pairs.shape[1], -1))[:, :, :, None, :, None]
         blocks = pairs.unflatten(-1, (-1, len(columns))).unflatten(-3, (-1, len(rows))).unsqueeze(2)
         return (blocks * weights).flatten(5, 6).flatten(3, 4).flatten(1, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.kernels import delta
-from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
+from parallelflow.problem import Inputs, Traits, sizes_of
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,11 +35,11 @@ def refusal(inputs: Inputs, traits: Traits) -> str | None:
     if traits.positions and not traits.tied:
         return "a read that is not -β times the write, beside β times the value"
     key, value, coefficient = _factors(inputs)
-    if key.shape[3] != sizes.heads or value.shape[3] != sizes.value_heads:
+    if key.shape[2] != sizes.heads or value.shape[2] != sizes.value_heads:
         return "keys or values with other heads than the query's H and HV"
     if not traits.positions and traits.lone_sign != 1:
         return "a negative value"
-    if coefficient is not None and (coefficient.ndim != 4 or coefficient.shape[3] != sizes.value_heads):
+    if coefficient is not None and (coefficient.ndim != 3 or coefficient.shape[2] != sizes.value_heads):
         return "a coefficient a channel or a key head, expected one a value head"
     return None
 
@@ -53,7 +53,7 @@ def hopper_fits(inputs: Inputs) -> bool:
     from parallelflow.kernels.hopper import scan
 
     _, value, _ = _factors(inputs)
-    return scan.fits(inputs.query, value.squeeze(2), delta.chunks_of(inputs.query, value.squeeze(2), None, None))
+    return scan.fits(inputs.query, value, delta.chunks_of(inputs.query, value, None, None))
 
 
 def forward(
@@ -75,48 +75,45 @@ def backward(
     tier: str,
     saved: list[Tensor],
     d_output: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
 ) -> Inputs:
-    """Gradients of all inputs, each in its dtype."""
+    """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     options = _options(inputs, traits, sequence_starts, tier)
-    found = delta.backward(*_arguments(inputs), saved, d_output, d_final.float(), **options)
-    d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
-    gradients = Inputs(query=d_query, log_decay=d_log_decay, initial_state=d_initial)
-    d_coefficient = None if d_coefficient is None else d_coefficient.unsqueeze(2)
-    d_key, d_value = d_key.unsqueeze(2), d_value.unsqueeze(2)
-    if not traits.positions:
-        return gradients._replace(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient)
-    # What is tied stands in two slots, whose gradients are added: all of it goes into one.
-    return gradients._replace(
-        read=torch.zeros_like(d_key[:1, :1]).expand_as(d_key),
-        read_coefficient=None if d_coefficient is None else torch.zeros_like(d_coefficient),
-        write=d_key,
-        value=d_value,
-        value_coefficient=d_coefficient,
+    found = delta.backward(
+        *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
+    d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
+    both = {"query": d_query, "log_decay": d_log_decay, "initial_state": d_initial}
+    if traits.positions:
+        gradients = Inputs(write=d_key, value=d_value, value_coefficient=d_coefficient, **both)
+    else:
+        gradients = Inputs(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient, **both)
+    if not inputs.single:
+        return gradients.stacked()
+    return gradients
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The row's key, value and coefficient, with their R axis."""
-    if inputs.write is not None and inputs.value is not None:
-        return inputs.write, inputs.value, inputs.value_coefficient
-    assert inputs.lone_write is not None
-    assert inputs.lone_value is not None
-    return inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
+    """The row's key, value and coefficient, without R axis."""
+    if inputs.write is not None:
+        key, value, coefficient = inputs.write, inputs.value, inputs.value_coefficient
+    else:
+        key, value, coefficient = inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
+    assert key is not None and value is not None
+    if key.ndim == 4:
+        return key, value, coefficient
+    return key.squeeze(2), value.squeeze(2), None if coefficient is None else coefficient.squeeze(2)
 
 
 def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    key, value, coefficient = _factors(inputs)
-    beta = None if coefficient is None else coefficient.squeeze(2)
-    return inputs.query, key.squeeze(2), value.squeeze(2), beta, inputs.log_decay
+    return inputs.query, *_factors(inputs), inputs.log_decay
 
 
 def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
-    sizes: Sizes = sizes_of(inputs)
     host = None if sequence_starts is None else torch.tensor(sequence_starts, dtype=torch.int32)
     return {
         "tied": bool(traits.positions),
-        "scale": sizes.key_dim**-0.5 if traits.scale is None else traits.scale,
+        "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
         "cu_seqlens": None if host is None else host.to(inputs.query.device, non_blocking=True),
         "cu_seqlens_host": host,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Chunks
+from ..launch import bind
 from ..prepare import Prepared
 from .descriptors import CHUNK, blocks, rows, vectors
 from .forward import forward_kernel
@@ -59,7 +60,13 @@ def _forward(
     square = blocks(prepared.scores)
     need_output, save, solve = output is not None, entry_states is not None, prepared.inverse is not None
     vacant = prepared.total  # stands in for pointers that are not read
-    forward_kernel[(chunks.sequences * heads * (value_dim // 64),)](
+    launch = bind(
+        forward_kernel, K=key_dim, STAGES=STAGES, SOLVE=int(solve), OUTPUT=int(need_output), SAVE=int(save),
+        INITIAL=int(initial_state is not None), FINAL=int(final_state is not None), PACKED=int(chunks.packed),
+        num_warps=4, maxnreg=168 if need_output else 240,
+    )  # fmt: skip
+    launch(
+        chunks.sequences * heads * (value_dim // 64),
         rows(query, key_dim) if need_output else key_rows, key_rows, value_rows,
         blocks(prepared.inverse) if solve else square, square, from_start, vectors(prepared.to_end),
         rows(output, 64) if need_output else value_rows,
@@ -70,9 +77,6 @@ def _forward(
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
         scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
-        K=key_dim, STAGES=STAGES, SOLVE=int(solve), OUTPUT=int(need_output), SAVE=int(save),
-        INITIAL=int(initial_state is not None), FINAL=int(final_state is not None), PACKED=int(chunks.packed),
-        num_warps=4, maxnreg=168 if need_output else 240,
     )  # fmt: skip
 
 
@@ -87,7 +91,12 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
     d_initial_state = _state_like(key, d_output, chunks) if initial_gradient else None
     solve = prepared.inverse is not None
     vacant = prepared.total
-    reverse_kernel[(chunks.sequences * heads * (value_dim // 64),)](
+    launch = bind(
+        reverse_kernel, K=key_dim, STAGES=STAGES, SOLVE=int(solve), FINAL=int(d_final_state is not None),
+        INITIAL=int(d_initial_state is not None), PACKED=int(chunks.packed), num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    launch(
+        chunks.sequences * heads * (value_dim // 64),
         rows(query, key_dim), rows(key, key_dim), rows(d_output, 64),
         blocks(prepared.scores if prepared.inverse is None else prepared.inverse), blocks(prepared.scores),
         vectors(prepared.from_start), vectors(prepared.to_end),
@@ -97,8 +106,6 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
         scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
-        K=key_dim, STAGES=STAGES, SOLVE=int(solve), FINAL=int(d_final_state is not None),
-        INITIAL=int(d_initial_state is not None), PACKED=int(chunks.packed), num_warps=4, maxnreg=168,
     )  # fmt: skip
     return exit_gradients, d_value, d_initial_state
 

@@ -1,0 +1,9 @@
+"""How time is stepped: from a driver's continuous system to the rows of discrete tokens.
+
+One file a scheme; ``discretize`` applies one to a driver, or to a ``DriverSource`` that varies inside a step.
+"""
+
+from parallelflow.discretizations.discretize import SCHEMES, Discretization, discretize
+from parallelflow.discretizations.source import DriverSource
+
+__all__ = ["SCHEMES", "Discretization", "DriverSource", "discretize"]

@@ -1,0 +1,104 @@
+"""Looking back a few tokens: short causal convolutions and the token shift, over sequences side by side or packed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallelflow.checks import expect_positive_integer, expect_shape
+
+
+class Line(NamedTuple):
+    """Inputs with the last ones before them.
+
+    ``tokens [B, L, C]`` has, for each sequence, its window of ``past`` inputs (zeros where there was nothing) and then
+    its own. ``own [M]`` are the places of the latter when sequences are packed; None: all but the first ``past``.
+    ``window [N, past, C]`` is what the next call needs.
+    """
+
+    tokens: Tensor
+    own: Tensor | None
+    window: Tensor
+    past: int
+
+    @staticmethod
+    def of(inputs: Tensor, past: int, window: Tensor | None, cu_seqlens: Tensor | None = None) -> Line:
+        """``inputs [B, T, C]`` after ``window [N, past, C]`` (None: zeros); N is B, or the number of packed sequences.
+
+        Raises:
+            ValueError: if ``window`` has another shape.
+        """
+        batch, time, channels = inputs.shape
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if window is None:
+            window = inputs.new_zeros(sequences, past, channels)
+        expect_shape("memory.window", window, "[N, width - 1, channels]", (sequences, past, channels))
+        window = window.to(inputs.dtype)
+        if cu_seqlens is None:
+            tokens = torch.cat([window, inputs], 1)
+            last_inputs = tokens[:, time:].clone()  # a view would keep the whole line alive
+            return Line(tokens, None, last_inputs, past)
+        starts = cu_seqlens.to(torch.int64)
+        gaps = past * torch.arange(1, sequences + 1, device=inputs.device)  # windows before a sequence's own tokens
+        own = torch.arange(time, device=inputs.device)
+        own = own + gaps.repeat_interleave(starts.diff(), output_size=time)
+        before = (starts[:-1] + gaps - past)[:, None] + torch.arange(past, device=inputs.device)
+        places = torch.cat([before.flatten(), own])
+        line = inputs.new_empty(time + sequences * past, channels)
+        line = line.index_copy(0, places, torch.cat([window.flatten(0, 1), inputs.squeeze(0)]))
+        last = (starts[1:] + gaps - past)[:, None] + torch.arange(past, device=inputs.device)
+        return Line(line.unsqueeze(0), own, line[last], past)
+
+    def shifted(self, back: int) -> Tensor:
+        """The inputs ``back`` tokens earlier, at every place but the line's first ``past``."""
+        stop = self.tokens.shape[1] - back
+        return self.tokens[:, self.past - back : stop]
+
+    def at_own(self, values: Tensor) -> Tensor:
+        """Of values at every place but the first ``past``, those of the inputs: ``[B, T, C]``."""
+        return values if self.own is None else values.index_select(1, self.own - self.past)
+
+
+def short_convolution(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y_t = b + Σ_i w_i ⊙ x_{t - W + 1 + i}``, each channel on its own; and the window for the next call.
+
+    Args:
+        inputs: ``[B, T, C]``; B is 1 for packed sequences.
+        weight: ``[C, 1, W]``, as a depthwise ``Conv1d`` holds it.
+        bias: ``[C]`` or None.
+        window: ``[N, W - 1, C]``, the inputs before; None is zeros, the start of a sequence.
+        cu_seqlens: ``[N + 1]``, the packed sequences' first tokens, then T.
+
+    Sums are taken in at least float32; the output has the inputs' dtype.
+    """
+    width = weight.shape[-1]
+    line = Line.of(inputs, width - 1, window, cu_seqlens)
+    taps = weight[:, 0].to(torch.promote_types(inputs.dtype, torch.float32)).unbind(-1)
+    total = taps[-1] * line.shifted(0)
+    for back in range(1, width):
+        total = torch.addcmul(total, taps[-1 - back], line.shifted(back))
+    total = line.at_own(total if bias is None else total + bias)
+    return total.to(inputs.dtype), line.window
+
+
+def token_shift(
+    inputs: Tensor, *, window: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x_{t-1}`` for every t, ``[B, T, C]``, and the window ``[N, 1, C]`` for the next call."""
+    line = Line.of(inputs, 1, window, cu_seqlens)
+    return line.at_own(line.shifted(1)), line.window
+
+
+def depthwise(channels: int, width: int, bias: bool = False) -> nn.Conv1d:
+    """The parameters of a short convolution, as published: ``weight [C, 1, W]`` and ``bias [C]`` of a ``Conv1d``."""
+    expect_positive_integer("conv_size", width)
+    return nn.Conv1d(channels, channels, width, groups=channels, bias=bias)

@@ -1,0 +1,125 @@
+"""What every layer is: hidden states in, hidden states out, and a memory of constant size between calls."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallelflow.checks import expect_floating, show
+from parallelflow.functional import Options
+from parallelflow.integrate import Result, ResultWithStates
+from parallelflow.nn.packing import Packing
+
+AnyResult = Result | ResultWithStates
+
+
+class Memory(NamedTuple):
+    """What a layer carries from call to call.
+
+    ``window [N, W - 1, C]`` are the last inputs of its short convolution (None without one), ``state [N, HV, K, V]``
+    the flow's state, at least float32. N is the number of sequences: the batch, or those packed on a line.
+    """
+
+    window: Tensor | None
+    state: Tensor
+
+
+class Mixed(NamedTuple):
+    """``output [B, T, D]``, and the memory for the next call."""
+
+    output: Tensor
+    memory: Any
+
+
+class Sequences(NamedTuple):
+    """Where sequences begin on a packed line, and the same on the host; (None, None) for a regular batch."""
+
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+
+
+class Layer(nn.Module):
+    """Mixes tokens over time.
+
+    Args:
+        hidden_size: D, the channels of the hidden states.
+        engine: options of ``parallelflow.functional`` for every call: ``chunk_size``, ``solver``, ``aggregate``,
+            ``backend``, ``validate``.
+
+    Called with
+
+    - ``hidden_states [B, T, D]``,
+    - ``attention_mask``, None or ``[B, T]``: 1 for a token, 0 for padding, on either side or between; outputs are zero
+      at padding, and those of the sequence alone elsewhere; a longer mask's last T columns count,
+    - ``cu_seqlens [N + 1]`` (and ``cu_seqlens_cpu``, the same on the host), for sequences packed on a line of B = 1,
+    - ``memory`` of an earlier call, None at the start of the sequences,
+
+    a layer returns ``Mixed(output [B, T, D], memory)``. Cutting a sequence into calls, one token or many, changes
+    nothing but rounding.
+
+    Raises:
+        TypeError, ValueError: for shapes that do not fit, and for a mask together with ``cu_seqlens``.
+    """
+
+    def __init__(self, hidden_size: int, engine: Options | None = None) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.engine: Options = {} if engine is None else engine
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+        memory: Any = None,
+        **shared: Tensor | None,
+    ) -> Mixed:
+        expect_floating("hidden_states", hidden_states)
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: got shape {show(hidden_states)}, expected [B, T, D] with D = {self.hidden_size}"
+            )
+        if cu_seqlens is None:
+            packing = Packing.of(attention_mask, hidden_states)
+        elif attention_mask is None:
+            packing = None
+        else:
+            raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")
+        if packing is None:
+            return self.mix(hidden_states, memory, Sequences(cu_seqlens, cu_seqlens_cpu), **shared)
+        sequences = Sequences(packing.cu_seqlens, packing.cu_seqlens_cpu)
+        packed = {name: None if tensor is None else packing.pack(tensor) for name, tensor in shared.items()}
+        mixed = self.mix(packing.pack(hidden_states), memory, sequences, **packed)
+        return mixed._replace(output=packing.unpack(mixed.output))
+
+    @abstractmethod
+    def mix(self, hidden_states: Tensor, memory: Any, sequences: Sequences) -> Mixed:
+        """The layer itself, on sequences without padding."""
+
+    def options(self, state: Tensor | None, sequences: Sequences) -> dict[str, Any]:
+        """For the model's function: where to go on from, and the engine's."""
+        return {"initial_state": state, "return_final_state": True, **sequences._asdict(), **self.engine}
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Fresh values of the layer's own parameters, and of those of its parts (by dotted names) that start otherwise
+        than the parts themselves do."""
+        return {}
+
+    @torch.no_grad()
+    def register_initial_values(self) -> None:
+        """Makes parameters of ``initial_values``; those of parts that are there take the values."""
+        for name, value in self.initial_values().items():
+            if "." in name:
+                self.get_parameter(name).copy_(value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+
+def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:
+    """``x ↦ B A x + b`` with ``A [rank, inputs]``, ``B [outputs, rank]``: parameters ``0.weight``, ``1.weight``."""
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
