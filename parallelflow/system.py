@@ -44,8 +44,8 @@ from parallelflow.windows import Window
 class System:
     """The equations above for M chunks; n rows read, C are queries, m only write.
 
-    ``readers [M, HV, n + C, K]``, ``writers [M, HV, n + m, K]``, ``gram [M, HV, n + C, n + m]``; ``factors`` solves with
-    I - G (None: n = 0); ``source`` U ``[M, HV, n, V]`` (None is 0); ``given`` u ``[M, HV, m, V]`` (None: m = 0);
+    ``readers [M, HV, n + C, K]``, ``writers [M, HV, n + m, K]``, ``gram [M, HV, n + C, n + m]``; ``factors`` solves
+    with I - G (None: n = 0); ``source`` U ``[M, HV, n, V]`` (None is 0); ``given`` u ``[M, HV, m, V]`` (None: m = 0);
     ``total`` Λ is None (1), ``[M, HV]`` or ``[M, HV, K]``.
     """
 
@@ -215,7 +215,7 @@ class Chunks:
         self.to = Rows(size, (*writing, *(() if self.lone_write is None else (Family(lone),))), device)
         self.solved = size * reads if self.read is not None else 0
         self.readers = _stack([None if self.read is None else self.read.rows, query.vectors])
-        self.writers = _stack([each and each.vectors for each in (self.write, self.lone_write)])
+        self.writers = _stack([None if each is None else each.vectors for each in (self.write, self.lone_write)])
         self.scalars: Tensor | None = None
         if self.read is not None and self.read.scalars is not None:
             self.scalars = torch.nn.functional.pad(self.read.scalars, (0, size), value=1)

@@ -43,7 +43,7 @@ class tensor_inverse(Factorisation):
 def invert_unit_lower(gram: Tensor) -> Tensor:
     """``(I - G)⁻¹`` for strictly lower triangular ``G [..., n, n]``, any n. Entries on and above the diagonal are not
     read."""
-    return _Inverse.apply(gram)  # type: ignore[no-any-return]
+    return _Inverse.apply(gram)
 
 
 class _Inverse(torch.autograd.Function):
