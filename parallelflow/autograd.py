@@ -69,7 +69,8 @@ class Setting(NamedTuple):
         folded: list[Tensor | None] = [None] * SLOTS
         for gradient, slot in zip(gradients, self.ties, strict=True):
             if gradient is not None:
-                folded[slot] = gradient if folded[slot] is None else folded[slot] + gradient
+                before = folded[slot]
+                folded[slot] = gradient if before is None else before + gradient
         return Inputs(*folded)  # type: ignore[arg-type]
 
     def tied(self, untied: Inputs) -> Inputs:
@@ -183,8 +184,8 @@ class _FlowBackward(torch.autograd.Function):
         return _unmerge(gradients, info.batch_size), (0,) * len(gradients)
 
 
-for _function in (_Flow, _FlowBackward):  # autograd asks for it in every call, and inspect would make it anew
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+for _function in (_Flow.forward, _FlowBackward.forward):  # asked for in every call, and inspect would make it anew
+    setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 
 
 def _pick(tensors: tuple, dims: tuple, number: int) -> list[Tensor | None]:

@@ -219,12 +219,11 @@ def _gather(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None) 
     """The rows' factors in their slots."""
     reading, writing = _families(driver)
     if len(driver.rows) == 1:  # nothing to join: the tensors as they are
-        write, read, value = driver.rows[0].write, driver.rows[0].read, driver.rows[0].value or _ABSENT
-        if read is None:
-            parts = (None, None, None, None, None, write, value.vector, value.coefficient)
-        else:
-            parts = (read.vector, read.coefficient, write, value.vector, value.coefficient, None, None, None)
-        return Inputs(query, *parts, driver.log_decay, initial_state)
+        row = driver.rows[0]
+        parts = (row.write, *(row.value or _ABSENT)[:2])
+        if row.read is None:
+            return Inputs(query, None, None, None, None, None, *parts, driver.log_decay, initial_state)
+        return Inputs(query, *row.read[:2], *parts, None, None, None, driver.log_decay, initial_state)
     value_heads, value_dim = _value_shape(driver, query.shape[2], initial_state)
     read, read_coefficient = _stack([row.read for row in reading], value_heads)
     write, _ = _stack([Factor(row.write) for row in reading], value_heads)

@@ -24,8 +24,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("autograd",),
     ("integrate",),
     ("functional",),
-    ("step",),
-    ("nn", "paths"),
+    ("step", "paths"),
+    ("nn",),
     ("models",),
     ("compat", "cli"),
 )

@@ -83,23 +83,23 @@ def backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
-    both = {"query": d_query, "log_decay": d_log_decay, "initial_state": d_initial}
+    gradients = Inputs(d_query, log_decay=d_log_decay, initial_state=d_initial)
     if traits.positions:
-        gradients = Inputs(write=d_key, value=d_value, value_coefficient=d_coefficient, **both)
+        gradients = gradients._replace(write=d_key, value=d_value, read_coefficient=d_coefficient)
     else:
-        gradients = Inputs(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient, **both)
-    if not inputs.single:
-        return gradients.stacked()
-    return gradients
+        gradients = gradients._replace(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient)
+    return gradients if inputs.single else gradients.stacked()
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """The row's key, value and coefficient, without R axis."""
     if inputs.write is not None:
-        key, value, coefficient = inputs.write, inputs.value, inputs.value_coefficient
+        found = inputs.write, inputs.value, inputs.value_coefficient
     else:
-        key, value, coefficient = inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
-    assert key is not None and value is not None
+        found = inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
+    key, value, coefficient = found
+    assert key is not None
+    assert value is not None
     if key.ndim == 4:
         return key, value, coefficient
     return key.squeeze(2), value.squeeze(2), None if coefficient is None else coefficient.squeeze(2)

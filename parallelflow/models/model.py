@@ -122,10 +122,16 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         if past is not None and not isinstance(past, ParallelFlowCache):
             raise TypeError(f"past_key_values: got {type(past).__name__}, expected a ParallelFlowCache or None")
         checkpointing = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.layers)
+        if checkpointing and self._is_reentrant():
+            raise ValueError("use_reentrant: got True, expected False: it loses the gradients of keyword arguments")
         if past is not None or checkpointing:
             return past
         wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         return ParallelFlowCache(len(self.layers)) if wanted else None
+
+    def _is_reentrant(self) -> bool:
+        checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant"))
 
 
 class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
@@ -137,7 +143,8 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
     - ``attention_mask [B, T]``: 1 for tokens, 0 for padding, on either side: the real tokens are packed, so that each
       sequence gets what it would get alone; outputs at padding are zero,
     - ``cu_seqlens [N + 1]``: sequences packed on a line of B = 1, instead of a mask,
-    - ``labels [B, T]``: the tokens themselves, -100 where there is no loss; they are shifted inside,
+    - ``labels [B, T]``: the tokens themselves, -100 where there is no loss; they are shifted inside, and the first
+      token of a sequence has no loss, for nothing predicts it,
     - ``past_key_values``: the ``ParallelFlowCache`` of an earlier call; changed in place,
     - ``logits_to_keep``: of the last so many places (0: all), or at these indices,
 
@@ -184,7 +191,7 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
             expect_shape("labels", labels, "as many as logits", logits.shape[:2])
             loss = self.loss_function(
                 logits=logits,
-                labels=labels,
+                labels=_predicted(labels, attention_mask, cu_seqlens),
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -198,6 +205,17 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first call makes its own
+
+
+def _predicted(labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The labels but those of each sequence's first token, which after padding or on a line is not in column 0."""
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1].to(torch.int64)
+        return labels.index_fill(1, starts[starts < labels.shape[1]], -100)
+    if attention_mask is not None:
+        before = nn.functional.pad(attention_mask[:, -labels.shape[1] :][:, :-1].to(torch.bool), (1, 0))
+        return labels.masked_fill(~before, -100)
+    return labels
 
 
 def _refuse(unused: dict[str, Any]) -> None:
