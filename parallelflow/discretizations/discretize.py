@@ -78,6 +78,13 @@ class Discretization:
                         f"{name}: got {getattr(self, name)!r} with 'magnus4', expected none: it has its own"
                     )
 
+    @property
+    def order(self) -> int:
+        """Of convergence on a ``DriverSource``; with a decay a key channel and no Strang splitting it is 1."""
+        if self.scheme == "magnus4":
+            return 4
+        return 1 if self.node == "left" or self.splitting == "lie" else ONE_NODE[self.scheme].order
+
 
 def discretize(
     driver: LowRankDriver | DriverSource, discretization: Discretization | str | None = None

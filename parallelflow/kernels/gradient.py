@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import Chunks, locate_chunk
+from .launch import bind
 from .prepare import Prepared, decay_between
 from .products import float32_precision, shared_memory
 
@@ -295,17 +296,16 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
     flags = {"HV": value_heads, "C": c, "PACKED": chunks.packed, "TIED": tied, "HAS_BETA": has_beta,
              "HAS_DECAY": has_decay}  # fmt: skip
     sizes = {"H": heads, "K": k, "V": v, "PRECISION": float32_precision(key.device)}
-    pairs_kernel[(m * heads,)](
-        query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums, aligned,
-        *batch, scale, **pairs_options, **sizes, **flags)  # fmt: skip
-    states_kernel[(m * heads * tiles,)](
-        query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, prepared.cumulative, d_pairs,
-        d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m, TILES=tiles,
-        **states_options, **sizes, **flags)  # fmt: skip
+    bind(pairs_kernel, **pairs_options, **sizes, **flags)(
+        m * heads, query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums,
+        aligned, *batch, scale)  # fmt: skip
+    bind(states_kernel, TILES=tiles, **states_options, **sizes, **flags)(
+        m * heads * tiles, query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients,
+        prepared.cumulative, d_pairs, d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m)  # fmt: skip
     if vectors:
         few = min(8, triton.next_power_of_2(value_heads))
-        sums_kernel[(m * triton.cdiv(value_heads, few),)](
-            beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps, d_beta, d_log_decay, *batch, m,
-            HEADS=few, TILES=tiles, DIVISIBLE=2.0**-6 if key.dtype == torch.float16 else 2.0**-40,
-            num_warps=4, **flags)  # fmt: skip
+        smallest = 2.0**-6 if key.dtype == torch.float16 else 2.0**-40
+        bind(sums_kernel, HEADS=few, TILES=tiles, DIVISIBLE=smallest, num_warps=4, **flags)(
+            m * triton.cdiv(value_heads, few), beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps,
+            d_beta, d_log_decay, *batch, m)  # fmt: skip
     return d_query, d_key, d_beta, d_log_decay

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import Chunks, locate_chunk
+from .launch import bind
 from .products import float32_precision, precise_product
 
 
@@ -221,37 +222,12 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     precision = float32_precision(query.device)
     full = query.dtype == torch.float32
     width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
-    common = {
-        "H": heads,
-        "HV": value_heads,
-        "K": size,
-        "C": c,
-        "PACKED": chunks.packed,
-        "HAS_DECAY": log_decay is not None,
-        "PRECISION": precision,
-    }
-    scores_kernel[(m * heads,)](
-        query,
-        key,
-        beta,
-        log_decay,
-        scores,
-        cumulative,
-        from_start,
-        to_end,
-        total,
-        chunks.table,
-        chunks.time,
-        chunks.per_sequence,
-        scale,
-        BK=width,
-        HAS_BETA=beta is not None,
-        num_warps=1,
-        num_stages=1,
-        **common,
-    )
+    common = {"H": heads, "HV": value_heads, "K": size, "C": c, "PACKED": chunks.packed,
+              "HAS_DECAY": log_decay is not None, "PRECISION": precision}  # fmt: skip
+    batch = chunks.table, chunks.time, chunks.per_sequence
+    launch = bind(scores_kernel, BK=width, HAS_BETA=beta is not None, num_warps=1, num_stages=1, **common)
+    launch(m * heads, query, key, beta, log_decay, scores, cumulative, from_start, to_end, total, *batch, scale)
     if inverse is not None:
-        inverse_kernel[(m * value_heads,)](
-            key, beta, cumulative, inverse, chunks.table, chunks.time, chunks.per_sequence,
-            BK=min(width, 64), SPLIT=not full, num_warps=1, num_stages=1, **common)  # fmt: skip
+        launch = bind(inverse_kernel, BK=min(width, 64), SPLIT=not full, num_warps=1, num_stages=1, **common)
+        launch(m * value_heads, key, beta, cumulative, inverse, *batch)
     return prepared

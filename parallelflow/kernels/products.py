@@ -4,11 +4,14 @@ Operands in bfloat16 or float16 are multiplied as they are and summed in float32
 passes (relative error near 1e-6) or an IEEE product, never plain TF32.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 
+@cache
 def float32_precision(device: torch.device) -> str:
     """The name of the float32 product to use on `device`: TF32x3 where the tensor cores have TF32, else IEEE."""
     if torch.version.hip is None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -16,6 +19,7 @@ def float32_precision(device: torch.device) -> str:
     return "ieee"
 
 
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may take on `device` (a Hopper's where there is no GPU)."""
     if device.type != "cuda":

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import Chunks, locate_sequence
+from .launch import bind
 from .prepare import Prepared
 from .products import float32_precision, product, shared_memory
 
@@ -164,8 +165,8 @@ def configuration(key: Tensor, value: Tensor, tied: bool) -> dict[str, int]:
             "num_stages": stages}  # fmt: skip
 
 
-def _grid(value: Tensor, chunks: Chunks, tile: int) -> tuple[int]:
-    return (chunks.sequences * value.shape[2] * triton.cdiv(value.shape[3], tile),)
+def _programs(value: Tensor, chunks: Chunks, tile: int) -> int:
+    return chunks.sequences * value.shape[2] * triton.cdiv(value.shape[3], tile)
 
 
 def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
@@ -174,13 +175,15 @@ def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
 
 def _forward(query, key, value, prepared, chunks, scale, initial_state, output, innovation, entry_states, final_state):
     options = configuration(key, value, prepared.inverse is not None)
-    forward_kernel[_grid(value, chunks, options["BV"])](
+    launch = bind(
+        forward_kernel, **_sizes(key, value), C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None,
+        READ=output is not None, SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None,
+        HAS_FINAL=final_state is not None, PRECISION=float32_precision(key.device), **options)  # fmt: skip
+    launch(
+        _programs(value, chunks, options["BV"]),
         query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
-        chunks.time, chunks.per_sequence, scale, **_sizes(key, value),
-        C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None, READ=output is not None,
-        SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None, HAS_FINAL=final_state is not None,
-        PRECISION=float32_precision(key.device), **options)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale)  # fmt: skip
 
 
 def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
@@ -220,10 +223,13 @@ def reverse_scan(
     d_value = torch.empty_like(d_output)
     d_initial = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if initial_gradient else None
     options = configuration(key, d_output, prepared.inverse is not None)
-    reverse_kernel[_grid(d_output, chunks, options["BV"])](
+    launch = bind(
+        reverse_kernel, **_sizes(key, d_output), C=chunks.size, PACKED=chunks.packed,
+        TIED=prepared.inverse is not None, HAS_FINAL=d_final_state is not None, HAS_INITIAL=initial_gradient,
+        PRECISION=float32_precision(key.device), **options)  # fmt: skip
+    launch(
+        _programs(d_output, chunks, options["BV"]),
         query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         d_final_state, d_value, exit_gradients, d_initial, chunks.cu_seqlens, chunks.offsets,
-        chunks.time, chunks.per_sequence, scale, **_sizes(key, d_output),
-        C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None, HAS_FINAL=d_final_state is not None,
-        HAS_INITIAL=initial_gradient, PRECISION=float32_precision(key.device), **options)  # fmt: skip
+        chunks.time, chunks.per_sequence, scale)  # fmt: skip
     return exit_gradients, d_value, d_initial

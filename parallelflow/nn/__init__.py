@@ -1,6 +1,6 @@
 """Layers: a linear-attention model with its projections, short convolution, gates and norms, as published.
 
-All are called alike, with hidden states ``[B, T, D]``; see ``Layer``.
+All are called alike, with hidden states ``[B, T, D]``; see ``Layer``. ``LinearCDE`` takes times and observations.
 """
 
 from parallelflow.nn.attention import KeysAndValues, SoftmaxAttention
@@ -12,6 +12,7 @@ from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.gated_linear_attention import GatedLinearAttention
 from parallelflow.nn.kimi_delta_attention import KimiDeltaAttention
 from parallelflow.nn.layer import Layer, Memory, Mixed
+from parallelflow.nn.linear_cde import LinearCDE
 from parallelflow.nn.low_rank_flow import LowRankFlow
 from parallelflow.nn.mamba2 import Mamba2
 from parallelflow.nn.registry import LAYERS, layer_options, make_layer
@@ -27,6 +28,7 @@ __all__ = [
     "Mamba2",
     "Comba",
     "LowRankFlow",
+    "LinearCDE",
     "SoftmaxAttention",
     "Block",
     "GatedMLP",

@@ -121,11 +121,11 @@ def speak(model: ByteLanguageModel, corpus: Corpus, recipe: Recipe, figures: Lan
     figures.prompt, figures.sample = (x.decode("utf-8", errors="replace") for x in (prompt, sample))
 
     whole = torch.tensor([list(prompt + sample)])
-    _, memories = model.prefill(whole[:, : recipe.prompt])
-    figures.memory_bytes = sum(x.nbytes for memory in memories for x in memory)
+    _, memories = model.read(whole[:, : recipe.prompt])
+    figures.memory_bytes = sum(x.nbytes for memory in memories for x in memory if x is not None)
     stepped = []
     for position in range(recipe.prompt, whole.shape[1]):
-        logits, memories = model.step(whole[:, position], memories)
+        logits, memories = model.read(whole[:, position : position + 1], memories)
         stepped.append(logits)
-    difference = torch.stack(stepped, dim=1) - model(whole)[:, recipe.prompt :]
+    difference = torch.cat(stepped, dim=1) - model(whole)[:, recipe.prompt :]
     figures.step_agreement = difference.abs().max().item()
