@@ -317,4 +317,11 @@ def _stack(parts: list[Tensor | None]) -> Tensor:
     """Families one after another along the rows, with the heads of the one that has most."""
     present = [part for part in parts if part is not None]
     heads = max(part.shape[1] for part in present)
-    return present[0].contiguous() if len(present) == 1 else torch.cat([to_heads(part, heads) for part in present], -2)
+    wide = [to_heads(part, heads) for part in present]
+    if torch.is_grad_enabled():
+        return torch.cat(wide, -2)
+    sizes = [part.shape[2] for part in wide]  # rows of strided views: copied by all threads, which cat does not do
+    stacked = wide[0].new_empty(*wide[0].shape[:2], sum(sizes), wide[0].shape[3])
+    for rows, part in zip(stacked.split(sizes, 2), wide, strict=True):
+        rows.copy_(part)
+    return stacked
