@@ -30,7 +30,7 @@ CLASSES = 2 * len(FREQUENCIES)
 LENGTH, NOISE, WINDOW = 48, 0.3, 4
 DROPS = (0.0, 0.3, 0.5, 0.7)
 STEPS, BATCH = 400, 64
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 
 

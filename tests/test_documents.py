@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,25 +15,39 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_the_code_of_the_readme_runs():
+def run_code(text: str, name: str) -> dict[str, object]:
+    """Runs the Python blocks of a document, one after another, and returns their names."""
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, name, "exec"), names)
+    return names
+
+
+def test_the_code_of_the_readme_runs():
+    names = run_code(README, "README.md")
     assert names["value"].grad.isfinite().all()
     assert names["output"].shape == names["value"].shape
 
 
-def test_the_quick_start_runs():
+@pytest.mark.parametrize("page", ["layers.md", "discretizations.md", "continuous_time.md"])
+def test_the_code_of_a_page_runs(page):
+    run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
+
+
+@pytest.mark.parametrize("example", ["quickstart.py", "hf_generate.py"])
+def test_an_example_runs(example):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "quickstart.py")],
+        [sys.executable, str(ROOT / "examples" / example)],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "the example says nothing"
 
 
 def test_every_model_is_in_the_readme():
@@ -49,8 +64,18 @@ def test_the_map_is_of_this_code():
     assert mapped == there
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/layers.md",
+        "docs/discretizations.md",
+        "docs/continuous_time.md",
+    ],
+)
 def test_links_lead_somewhere(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target

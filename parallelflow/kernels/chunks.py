@@ -4,6 +4,7 @@ A flat index `m` counts the chunks of all sequences.  In a regular batch of `B` 
 `m = b * ceil(T / C) + i`; packed sequences carry tables.  Nothing here reads a device tensor on the host.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Chunks(NamedTuple):
         return self.table is not None
 
 
+@lru_cache(maxsize=4096)
 def regular_chunks(batch: int, time: int, size: int) -> Chunks:
     """The chunks of `batch` sequences of `time` tokens each."""
     per_sequence = triton.cdiv(time, size)

@@ -8,17 +8,22 @@ The backward keeps the arrays of `prepare` and recomputes the states with one mo
 Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of `gradient`.
 """
 
-from typing import Any
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import scan as portable
 from .chunks import Chunks, packed_chunks, regular_chunks
-from .gradient import gradient
+from .gradient import Gradients, gradient, vacant_gradients
 from .prepare import Prepared, prepare
+from .streams import aside, rejoin
 
 LARGEST_HEAD = 512
+LARGEST_STATES = 2**28  # bytes of exit gradients at a time
+HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
 
 
 def chunk_size(query: Tensor, value: Tensor) -> int:
@@ -36,6 +41,16 @@ def _scans(tier: str):
     raise ValueError(f"tier: got {tier!r}, expected 'triton' or 'hopper'")
 
 
+def _preparation(tier: str, query: Tensor, key: Tensor, chunks: Chunks):
+    """The tier's `prepare`; the portable one where Hopper's does not fit."""
+    if tier == "hopper":
+        from .hopper import prepare as hopper
+
+        if hopper.fits(query, key, chunks):
+            return hopper.prepare
+    return prepare
+
+
 def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
     """How the line is cut."""
     batch, time = query.shape[:2]
@@ -49,7 +64,6 @@ def _contiguous(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@torch.no_grad()
 def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None, *, tied: bool,
             scale: float, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
             cu_seqlens_host: Tensor | None = None, need_final_state: bool = False, save_for_backward: bool = False,
@@ -63,7 +77,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     _check(query, key, value, beta, log_decay, tied, initial_state)
     query, key, value, beta, log_decay, initial_state = _contiguous(query, key, value, beta, log_decay, initial_state)
     chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
-    prepared = prepare(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
+    make = _preparation(tier, query, key, chunks)
+    prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
     output, final_state = _scans(tier).forward_scan(
         query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state
     )
@@ -71,7 +86,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     return output, final_state, saved
 
 
-@torch.no_grad()
 def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None,
              saved: list[Tensor], d_output: Tensor, d_final_state: Tensor | None, *, tied: bool, scale: float,
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -85,18 +99,68 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
         query, key, value, beta, log_decay, initial_state, d_output, d_final_state)  # fmt: skip
     chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
     if not saved:
-        prepared = prepare(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
+        make = _preparation(tier, query, key, chunks)
+        prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
     else:
         prepared = Prepared(*saved) if tied else Prepared(None, *saved)
     scans = _scans(tier)
-    entry_states, innovation = scans.recompute_scan(key, value, prepared, chunks, initial_state=initial_state)
-    exit_gradients, d_value, d_initial_state = scans.reverse_scan(
-        query, key, d_output, prepared, chunks, scale=scale, d_final_state=d_final_state,
-        initial_gradient=initial_state is not None)  # fmt: skip
-    d_query, d_key, d_beta, d_log_decay = gradient(
-        query, key, beta, log_decay, d_output, innovation, d_value, entry_states, exit_gradients, prepared, chunks,
-        scale=scale)  # fmt: skip
-    return d_query, d_key, d_value, d_beta, d_log_decay, d_initial_state
+    together = query.is_cuda and programs_of(chunks, value) <= HALF_OF_A_CARD
+    entry_states, innovation = scans.recompute_scan(
+        key, value, prepared, chunks, initial_state=initial_state,
+        launch_in=aside(query.device) if together else nullcontext())  # fmt: skip
+    d_value, found = torch.empty_like(value), vacant_gradients(query, key, beta, log_decay)
+    d_state = d_final_state
+    pieces = pieces_of(chunks, entry_states)
+    for piece in reversed(pieces):
+        q, k, b, g, do, r, dv, *into = map(piece.tokens_of, (query, key, beta, log_decay, d_output, innovation, d_value,
+                                                             *found))  # fmt: skip
+        part = Prepared(*map(piece.chunks_of, prepared))
+        exit_gradients, d_state = scans.reverse_scan(
+            q, k, do, part, piece.layout, scale=scale, d_final_state=d_state,
+            initial_gradient=initial_state is not None or piece is not pieces[0], d_value=dv)  # fmt: skip
+        if together:
+            rejoin(query.device)
+        gradient(
+            q, k, b, g, do, r, dv, piece.chunks_of(entry_states), exit_gradients, part, piece.layout, scale=scale,
+            into=Gradients(*into))  # fmt: skip
+        del exit_gradients  # before the next piece takes as much
+    return found.query, found.key, d_value, found.beta, found.log_decay, d_state
+
+
+class Piece(NamedTuple):
+    """A run of whole chunks: its tokens and its chunks (None: all there are), and how those lie."""
+
+    tokens: slice | None
+    chunks: slice | None
+    layout: Chunks
+
+    def tokens_of(self, tensor: Any) -> Any:
+        """Its tokens of ``[B, T, …]`` (None of None)."""
+        return tensor if self.tokens is None or tensor is None else tensor[:, self.tokens]
+
+    def chunks_of(self, tensor: Any) -> Any:
+        """Its chunks of ``[M, …]`` (None of None)."""
+        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
+
+
+def pieces_of(chunks: Chunks, states: Tensor) -> list[Piece]:
+    """Where the reverse scan halts for the gradients, so that its states need not all be there at once: one long
+    sequence in pieces whose states take at most LARGEST_STATES bytes; whole batches in one piece."""
+    size, count, time = chunks.size, chunks.count, chunks.time
+    parts = -(-states.numel() * states.element_size() // LARGEST_STATES)
+    if chunks.packed or chunks.sequences != 1 or parts <= 1:
+        return [Piece(None, None, chunks)]
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [
+        Piece(slice(first * size, last * size), slice(first, last),
+              regular_chunks(1, min(last * size, time) - first * size, size))
+        for first, last in pairwise(bounds)
+    ]  # fmt: skip
+
+
+def programs_of(chunks: Chunks, value: Tensor) -> int:
+    """How many programs a scan has, each with 64 value channels of a head."""
+    return chunks.sequences * value.shape[2] * -(-value.shape[3] // 64)
 
 
 def _check(query, key, value, beta, log_decay, tied, initial_state) -> None:

@@ -20,6 +20,8 @@ products with Q and K come once per key head); `states_kernel` adds what passes 
 finishes beta and the decay.  Every sum over heads or tiles has a fixed order inside one program.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -265,19 +267,36 @@ def configuration(key: Tensor, value: Tensor) -> tuple[dict[str, int], dict[str,
     return pairs, states
 
 
+class Gradients(NamedTuple):
+    """Of query, key, beta and log_decay; None where the input is None."""
+
+    query: Tensor
+    key: Tensor
+    beta: Tensor | None
+    log_decay: Tensor | None
+
+
+def vacant_gradients(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> Gradients:
+    """Uninitialised gradients for `gradient` to fill."""
+    d_beta = None if beta is None else torch.empty_like(beta)
+    d_log_decay = None if log_decay is None else torch.empty_like(log_decay)
+    return Gradients(torch.empty_like(query), torch.empty_like(key), d_beta, d_log_decay)
+
+
 def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, d_output: Tensor,
              innovation: Tensor, d_value: Tensor, entry_states: Tensor, exit_gradients: Tensor, prepared: Prepared,
-             chunks: Chunks, *, scale: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype."""
+             chunks: Chunks, *, scale: float,
+             into: Gradients | None = None) -> Gradients:  # fmt: skip
+    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype: new tensors, or
+    those of `into`."""
     heads, k = key.shape[2:]
     value_heads, v = d_output.shape[2:]
     m, c = chunks.count, chunks.size
     tied, has_beta, has_decay = prepared.inverse is not None, beta is not None, log_decay is not None
-    d_query, d_key = torch.empty_like(query), torch.empty_like(key)
-    d_beta = None if beta is None else torch.empty_like(beta)
-    d_log_decay = None if log_decay is None else torch.empty_like(log_decay)
+    gradients = vacant_gradients(query, key, beta, log_decay) if into is None else into
+    d_query, d_key, d_beta, d_log_decay = gradients
     if m == 0:
-        return d_query, d_key, d_beta, d_log_decay
+        return gradients
     pairs_options, states_options = configuration(key, d_output)
     tiles = triton.cdiv(k, states_options["BK"])
 
@@ -308,4 +327,4 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
         bind(sums_kernel, HEADS=few, TILES=tiles, DIVISIBLE=smallest, num_warps=4, **flags)(
             m * triton.cdiv(value_heads, few), beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps,
             d_beta, d_log_decay, *batch, m)  # fmt: skip
-    return d_query, d_key, d_beta, d_log_decay
+    return gradients

@@ -9,15 +9,21 @@ launch in Triton's interpreter and with a Triton whose entry point is not the on
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
+from itertools import chain
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-ALIGNMENT = 16  # bytes, or the multiple of a number; Triton compiles another kernel for what is not
+ALIGNMENT = 16  # bytes: what Triton assumes of an address, or compiles another kernel
+LARGEST_NUMBER = 2**31 - 1  # beyond, Triton compiles a kernel for 64 bits
 KNOWN_ENTRY = "iiiKKppOOOOOO"  # grid, stream, function, two flags, two scratch buffers, metadata, two hooks
+
+_dtype, _kind, _encoded = attrgetter("dtype"), attrgetter("kind"), attrgetter("encoded")
+_address = Tensor.data_ptr
 
 
 class Encoding(NamedTuple):
@@ -36,51 +42,61 @@ class Compiled(NamedTuple):
     encodings: tuple[Encoding, ...]
 
 
+class Pattern:
+    """Launches of one kernel whose arguments have the same types: where tensors, descriptors and integers stand, and
+    what Triton compiled for each set of dtypes."""
+
+    def __init__(self, kernel: Any, arguments: tuple) -> None:
+        places = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        integers = [place for place, argument in enumerate(arguments) if isinstance(argument, int)]
+        self.descriptors = sum(hasattr(argument, "encoded") for argument in arguments)
+        self.places = places
+        self.tensors = itemgetter(*places, places[0])  # one twice: of two or more it is a tuple
+        self.integers = itemgetter(*integers, integers[0])
+        self.chosen_by = [place for place in integers if not kernel.params[place].do_not_specialize]
+        self.compiled: dict[tuple, Compiled | None] = {}
+
+
 class Bound:
     """One kernel with its constants and launch options; called, it launches on the current device and stream."""
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self.kernel, self.constants = kernel, constants
-        self.compiled: dict[tuple, Compiled | None] = {}
+        self.patterns: dict[tuple, Pattern] = {}
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """``arguments`` are what the kernel takes before its constants, in order: tensors, None, numbers, and
-        descriptors: triton's, with a hashable ``kind`` and a list ``encoded``, empty at first."""
-        if not isinstance(self.kernel, JITFunction):  # the interpreter's
-            self.kernel[(programs,)](*arguments, **self.constants)
-            return
+        """``arguments`` are what the kernel takes before its constants, in order: descriptors (triton's, with a
+        hashable ``kind`` and a list ``encoded``, empty at first), then tensors, None and numbers."""
+        types = tuple(map(type, arguments))
+        pattern = self.patterns.get(types)
+        if pattern is None:
+            if not isinstance(self.kernel, JITFunction):  # the interpreter's
+                self.kernel[(programs,)](*arguments, **self.constants)
+                return
+            pattern = self.patterns[types] = Pattern(self.kernel, arguments)
+        tensors, count = pattern.tensors(arguments), pattern.descriptors
+        addresses = list(map(_address, tensors))
         device = driver.active.get_current_device()
-        kinds: list[Any] = [device]
-        values: list[Any] = []
-        encoded = True
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                address = argument.data_ptr()
-                values.append(address)
-                kinds.append(argument.dtype if address % ALIGNMENT == 0 else (argument.dtype,))
-            elif argument is None or isinstance(argument, float):
-                values.append(argument)
-                kinds.append(type(argument))
-            elif isinstance(argument, int):
-                values.append(argument)
-                kinds.append((argument == 1, argument % ALIGNMENT == 0, -(2**31) <= argument < 2**31))
-            else:
-                values += argument.encoded
-                kinds.append(argument.kind)
-                encoded &= bool(argument.encoded)
-        key = tuple(kinds)
-        compiled = self.compiled.get(key)
+        key = (device, *map(_dtype, tensors), *map(_kind, arguments[:count]))
+        for place in pattern.chosen_by:
+            key += (arguments[place] == 1, arguments[place] % ALIGNMENT == 0)
+        usual = not reduce(or_, addresses) % ALIGNMENT and max(pattern.integers(arguments)) <= LARGEST_NUMBER
+        compiled = pattern.compiled.get(key) if usual else None
         if compiled is None:
             found = self.kernel[(programs,)](*arguments, **self.constants)
-            self.compiled[key] = _entry_point(found, self.kernel, self.constants, arguments)
-        elif not encoded:
-            descriptors = [argument for argument in arguments if hasattr(argument, "encoded")]
-            for descriptor, (encode, metadata) in zip(descriptors, compiled.encodings, strict=True):
-                descriptor.encoded[:] = encode(descriptor, metadata)
-            self(programs, *arguments)
-        else:
-            stream = driver.active.get_current_stream(device)
-            compiled.start(programs, 1, 1, stream, *compiled.before, *values, *compiled.after)
+            if usual:
+                pattern.compiled[key] = _entry_point(found, self.kernel, self.constants, arguments)
+            return
+        values = list(arguments)
+        for place, address in zip(pattern.places, addresses):  # noqa: B905
+            values[place] = address
+        if count:
+            for descriptor, (encode, metadata) in zip(arguments, compiled.encodings):  # noqa: B905
+                if not descriptor.encoded:
+                    descriptor.encoded[:] = encode(descriptor, metadata)
+            values[:count] = chain.from_iterable(map(_encoded, arguments[:count]))
+        stream = driver.active.get_current_stream(device)
+        compiled.start(programs, 1, 1, stream, *compiled.before, *values, *compiled.after)
 
 
 @cache

@@ -205,18 +205,24 @@ def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence,
     store_block(inverse, corner(upper, lower, blocks, SPLIT, PRECISION), half, 0, C)
 
 
+def vacant_arrays(query: Tensor, value_heads: int, chunks: Chunks, *, tied: bool) -> Prepared:
+    """Uninitialised arrays for `prepare` to fill."""
+    m, c = chunks.count, chunks.size
+    cumulative = query.new_empty(m, value_heads, 2, c, dtype=torch.float32)
+    from_start = query.new_empty(m, value_heads, c, dtype=torch.float32)
+    total = query.new_empty(m, value_heads, dtype=torch.float32)
+    scores = query.new_empty(m, value_heads, c, c)
+    inverse = torch.empty_like(scores) if tied else None
+    return Prepared(inverse, scores, cumulative, from_start, torch.empty_like(from_start), total)
+
+
 def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
             *, tied: bool, scale: float) -> Prepared:  # fmt: skip
     """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
     heads, size = query.shape[2], query.shape[3]
     c, m = chunks.size, chunks.count
-    cumulative = query.new_empty(m, value_heads, 2, c, dtype=torch.float32)
-    from_start = query.new_empty(m, value_heads, c, dtype=torch.float32)
-    to_end = torch.empty_like(from_start)
-    total = query.new_empty(m, value_heads, dtype=torch.float32)
-    scores = query.new_empty(m, value_heads, c, c)
-    inverse = torch.empty_like(scores) if tied else None
-    prepared = Prepared(inverse, scores, cumulative, from_start, to_end, total)
+    prepared = vacant_arrays(query, value_heads, chunks, tied=tied)
+    inverse, scores, cumulative, from_start, to_end, total = prepared
     if m == 0:
         return prepared
     precision = float32_precision(query.device)

@@ -10,6 +10,8 @@ each product of the chain takes its left operand from registers.  Per chunk, wit
 Rows that only write have no inverse: R = V, dV = Z, and the last term is absent.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 import triton.language as tl
@@ -196,13 +198,14 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
     return output, final
 
 
-def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *,
-                   initial_state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
+                   launch_in: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V] (the value without an inverse)."""
     _, value_heads, k, v = _sizes(key, value).values()
     states = key.new_empty(chunks.count, value_heads, v, k)
     innovation = value if prepared.inverse is None else torch.empty_like(value)
-    _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, innovation, states, None)
+    with launch_in:
+        _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, innovation, states, None)
     return states, innovation
 
 
@@ -216,11 +219,12 @@ def reverse_scan(
     scale: float,
     d_final_state: Tensor | None,
     initial_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Transposed gradients of the chunks' exit states [M, HV, V, K], of the values and, if asked, the initial state."""
+    d_value: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Transposed gradients of the chunks' exit states [M, HV, V, K] and, if asked, of the initial state; those of the
+    values go into `d_value`."""
     _, value_heads, k, v = _sizes(key, d_output).values()
     exit_gradients = key.new_empty(chunks.count, value_heads, v, k)
-    d_value = torch.empty_like(d_output)
     d_initial = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if initial_gradient else None
     options = configuration(key, d_output, prepared.inverse is not None)
     launch = bind(
@@ -232,4 +236,4 @@ def reverse_scan(
         query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         d_final_state, d_value, exit_gradients, d_initial, chunks.cu_seqlens, chunks.offsets,
         chunks.time, chunks.per_sequence, scale)  # fmt: skip
-    return exit_gradients, d_value, d_initial
+    return exit_gradients, d_initial

@@ -24,7 +24,7 @@ class ParallelFlowConfig(PreTrainedConfig):
         num_heads: of every layer that takes it and is not told otherwise; None is a head for every 64 channels.
         layer_options: for each kind, its keywords, as ``{"gated_delta_net": {"head_dim": 128}}``.
         intermediate_size: of the MLPs; None is 8/3 D, rounded up to a multiple of 256.
-        norm_eps: of the norms between layers.
+        norm_eps: of all norms.
         initializer_range: the standard deviation of fresh weights.
         use_cache: whether a call returns its cache unless told.
         pad_token_id, bos_token_id, eos_token_id: tokens with a meaning, or None.
@@ -82,8 +82,9 @@ class ParallelFlowConfig(PreTrainedConfig):
         kind = self.kind(index)
         given: dict[str, Any] = {}
         known = layer_options(kind)
-        if "num_heads" in known:
-            given["num_heads"] = self.num_heads
+        for name in ("num_heads", "norm_eps"):
+            if name in known:
+                given[name] = getattr(self, name)
         if "layer_index" in known:
             given |= {"layer_index": index, "num_layers": self.num_hidden_layers}
         if "value_residual" in known:

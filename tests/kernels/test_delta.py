@@ -157,3 +157,19 @@ def test_errors_name_the_argument():
     five = [None if x is None else x.float() for x in five]
     with pytest.raises(ValueError, match="beta"):
         delta.forward(*five[:3], None, None, tied=True, scale=1.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_long_sequence_goes_back_in_pieces(tied, monkeypatch):
+    """The reverse scan halts for the gradients, and the bits stay the same."""
+    inputs = {n: None if x is None else x.float().to(DEVICE) for n, x in
+              draw(130, 1, 2, 16, 16, decay="mild", initial=True).items()}  # fmt: skip
+    cotangents = torch.ones(1, 130, 2, 16, device=DEVICE), torch.ones(1, 2, 16, 16, device=DEVICE)
+    whole = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
+    monkeypatch.setattr(delta, "LARGEST_STATES", 2 * 2 * 16 * 16 * 4)
+    chunks = delta.chunks_of(inputs["query"], inputs["value"], None, None)
+    states = torch.empty(chunks.count, 2, 16, 16)
+    assert [piece.tokens for piece in delta.pieces_of(chunks, states)] == [slice(0, 64), slice(64, 192)]
+    pieces = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
+    for name, expected in whole.items():
+        assert torch.equal(pieces[name], expected), name

@@ -76,8 +76,10 @@ def accelerate(model: nn.Module) -> Accelerated:
     handle = Accelerated(model)
     found = [(name, layer, list(_methods(layer))) for name, layer in model.named_modules()]
     for name, layer, methods in found:
-        hooked = "_old_forward" in vars(layer)  # under a hook that moves weights between devices
-        if methods and (layer in _SWITCHED or ("forward" in vars(layer) and not hooked)):
+        held = vars(layer).get("forward")  # its class's own where a model was saved whole while it was accelerated
+        foreign = held is not None and getattr(held, "__func__", None) is not type(layer).forward
+        hooked = "_old_forward" in vars(layer)  # by something that moves weights between devices
+        if methods and (layer in _SWITCHED or (foreign and not hooked)):
             raise ValueError(f"model: got one whose {name}.forward is replaced already, expected an untouched one")
     for name, layer, methods in found:
         for method, ours, replaced in methods:

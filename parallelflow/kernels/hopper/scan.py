@@ -1,6 +1,8 @@
 """The scans of ``kernels/scan.py`` on Hopper GPUs: the same functions, for bfloat16 and float16, chunks of 64 tokens,
 K of 64 or 128 and V a multiple of 64.  ``fits`` says whether they serve a problem."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -43,12 +45,13 @@ def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, 
     return output, final
 
 
-def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *,
-                   initial_state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
+                   launch_in: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:  # fmt: skip
     """States at the chunks' entries, transposed, [M, HV, V, K], and R [B, T, HV, V], both in the dtype of `value`."""
     entry_states = value.new_empty(chunks.count, value.shape[2], value.shape[3], key.shape[3])
     innovation = value if prepared.inverse is None else torch.empty_like(value)
-    _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, None, innovation, entry_states)
+    with launch_in:
+        _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, None, innovation, entry_states)
     return entry_states, innovation
 
 
@@ -81,12 +84,11 @@ def _forward(
 
 
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None,
-                 initial_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], and of the values [B, T, HV, V], both in
-    the dtype of `d_output`, and, on request, of the initial state [N, HV, K, V] in float32."""
+                 d_final_state: Tensor | None, initial_gradient: bool,
+                 d_value: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], in the dtype of `d_output`, and, on
+    request, of the initial state [N, HV, K, V] in float32; those of the values go into `d_value` [B, T, HV, V]."""
     heads, value_dim, key_dim = d_output.shape[2], d_output.shape[3], key.shape[3]
-    d_value = torch.empty_like(d_output)
     exit_gradients = d_output.new_empty(chunks.count, heads, value_dim, key_dim)
     d_initial_state = _state_like(key, d_output, chunks) if initial_gradient else None
     solve = prepared.inverse is not None
@@ -107,7 +109,7 @@ def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepare
         chunks.offsets if chunks.packed else vacant,
         scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
     )  # fmt: skip
-    return exit_gradients, d_value, d_initial_state
+    return exit_gradients, d_initial_state
 
 
 def _state_like(key: Tensor, value: Tensor, chunks: Chunks) -> Tensor:

@@ -1,0 +1,357 @@
+"""This library beside flash-linear-attention and FlashQLA on one GPU, same inputs, one run.
+
+    python -m benchmarks.gpu                                  # all that is installed
+    python -m benchmarks.gpu --library parallelflow --op delta_rule
+
+Every library computes every problem in a process of its own. All processes make their first gradient at once, from
+empty caches: that is the time to compile and to autotune. Then they are timed one after another, with nothing else on
+the card. Forward and forward with backward are medians over calls queued one behind the other, events between them:
+whichever of host and device is slower. A CUDA graph of the same calls has no host time. The error is that of the
+output's first tokens against this library's plain float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+
+PREFIX = 1024  # tokens whose output is compared
+CHUNK = 64
+
+
+class Problem(NamedTuple):
+    """One model at one size; K = V = 128, one row a token."""
+
+    op: str
+    batch: int
+    time: int
+    key_heads: int
+    value_heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+    rank: int = 1
+
+    @property
+    def reads(self) -> bool:
+        return self.op in ("gated_delta_rule", "delta_rule")
+
+    def work(self) -> tuple[float, float]:
+        """The fewest bytes and operations of the forward pass: each input read and each output written once; the
+        products of a chunked form with chunks of 64."""
+        tokens, values = self.batch * self.time, self.value_heads * self.value_dim
+        keys = 2 * self.key_heads * self.key_dim
+        size = 2 * tokens * (keys + 2 * values) + 8 * tokens * self.value_heads
+        state = 2 * self.key_dim * self.value_dim
+        chain = (3 if self.reads else 2) * state + (2 if self.reads else 1) * 2 * CHUNK * self.value_dim
+        return size, tokens * (self.value_heads * chain + (2 if self.reads else 1) * 2 * CHUNK * keys / 2)
+
+
+PROBLEMS = [
+    Problem("gated_delta_rule", 1, 32768, 16, 64),
+    Problem("gated_delta_rule", 4, 4096, 16, 16),
+    Problem("gated_delta_rule", 1, 8192, 16, 32),
+    Problem("delta_rule", 4, 4096, 16, 16),
+    Problem("ssd", 4, 4096, 16, 16),
+    Problem("retention", 4, 4096, 16, 16),
+    Problem("linear_attention", 4, 4096, 16, 16),
+]
+
+
+def draw(problem: Problem) -> dict[str, Tensor]:
+    """bfloat16 inputs with unit queries and keys, beta in (0, 1), decays mostly mild; float32 beta and decay."""
+    _, b, t, h, hv, k, v, _ = problem
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    unit = torch.nn.functional.normalize
+    inputs = {
+        "query": unit(normal(b, t, h, k), dim=-1).bfloat16(),
+        "key": unit(normal(b, t, h, k), dim=-1).bfloat16(),
+        "value": normal(b, t, hv, v).bfloat16(),
+    }
+    if problem.reads:
+        inputs["beta"] = normal(b, t, hv).sigmoid()
+    if problem.op in ("gated_delta_rule", "ssd"):
+        inputs["log_decay"] = torch.nn.functional.logsigmoid(normal(b, t, hv) + 3)
+    return inputs
+
+
+def heads_decay(heads: int, **options: Any) -> Tensor:
+    """Retention's log-decays, one a head: log(1 - 2^(-5 - h)), its paper's."""
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, **options))))
+
+
+def ours(problem: Problem, backend: str = "auto") -> Callable[..., Tensor]:
+    import parallelflow
+
+    function = getattr(parallelflow, problem.op)
+
+    def call(**inputs: Tensor) -> Tensor:
+        if problem.op == "retention":
+            value = inputs["value"]
+            kind = torch.float64 if value.dtype == torch.float64 else torch.float32
+            inputs["log_decay"] = heads_decay(value.shape[2], device=value.device, dtype=kind)
+        scale = problem.key_dim**-0.5
+        return function(**inputs, scale=scale, backend=backend, validate=False).output
+
+    return call
+
+
+def peer(problem: Problem) -> Callable[..., Tensor]:
+    """flash-linear-attention's function for the problem, in this library's names."""
+    from fla import ops
+
+    def call(query: Tensor, key: Tensor, value: Tensor, beta: Any = None, log_decay: Any = None) -> Tensor:
+        vectors = {"q": query, "k": key, "v": value, "scale": problem.key_dim**-0.5}
+        if problem.op == "gated_delta_rule":
+            return ops.chunk_gated_delta_rule(**vectors, g=log_decay, beta=beta)[0]
+        if problem.op == "delta_rule":
+            return ops.chunk_delta_rule(**vectors, beta=beta)[0]
+        if problem.op == "ssd":
+            return ops.chunk_simple_gla(**vectors, g=log_decay)[0]
+        if problem.op == "retention":
+            return ops.chunk_retention(**vectors)[0]
+        return ops.chunk_linear_attn(**vectors, normalize=False)[0]
+
+    return call
+
+
+def flash_qla(problem: Problem) -> Callable[..., Tensor] | None:
+    """FlashQLA's function, where it has one."""
+    if problem.op != "gated_delta_rule":
+        return None
+    from flash_qla import chunk_gated_delta_rule
+
+    def call(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+        scale = problem.key_dim**-0.5
+        return chunk_gated_delta_rule(query, key, value, log_decay, beta, scale, auto_cp=True)[0]
+
+    return call
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[Problem], Callable[..., Tensor] | None]]] = {
+    "parallelflow": ("parallelflow", ours),
+    "fla": ("fla", peer),
+    "flash_qla": ("flash_qla", flash_qla),
+}
+DISTRIBUTIONS = {"fla": "fla-core", "flash_qla": "flash-qla"}
+
+
+def medians(call: Callable[[], Any], seconds: float = 0.4) -> float:
+    """Milliseconds of a call among others like it, queued one behind the other."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = max(12, min(100, int(seconds / (time.perf_counter() - before))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(first.elapsed_time(last) for first, last in itertools.pairwise(events))
+    return times[len(times) // 2]
+
+
+def graphed(call: Callable[[], Any]) -> float | None:
+    """Milliseconds of a CUDA graph of the call; None where it cannot be captured."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = call()
+        found = medians(graph.replay)
+        del kept
+        return found
+    except Exception as error:
+        print(f"no CUDA graph: {type(error).__name__} {str(error)[:80]}", file=sys.stderr)
+        return None
+
+
+def error_of(problem: Problem, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> float:
+    """Norm of the output's error over the output's norm, on the first tokens, against float64."""
+    first = {name: tensor[:1, :PREFIX] for name, tensor in inputs.items()}
+    with torch.no_grad():
+        expected = ours(problem, "torch")(**{name: tensor.double() for name, tensor in first.items()})
+        found = call(**inputs)[:1, :PREFIX].double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def measure(problem: Problem, library: str, wait: Callable[[], None]) -> report.Row:
+    """One row; ``wait`` is called between the first gradient and the timing."""
+    call = LIBRARIES[library][1](problem)
+    assert call is not None
+    inputs = draw(problem)
+    cotangent = torch.randn_like(inputs["value"])
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(**leaves), list(leaves.values()), cotangent)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(**leaves)
+
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    both()
+    torch.cuda.synchronize()
+    first_call = time.perf_counter() - before
+    forward()
+    wait()
+    row: report.Row = {**problem._asdict(), "library": library}
+    row["forward_ms"] = medians(forward)
+    row["forward_backward_ms"] = medians(both)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    row["extra_mib"] = round((torch.cuda.max_memory_allocated() - held) / 2**20)
+    row["first_call_s"] = round(first_call, 1)
+    row["error"] = error_of(problem, call, inputs)
+    row["forward_graph_ms"] = graphed(forward)
+    row["forward_backward_graph_ms"] = graphed(both)
+    size, operations = problem.work()
+    row["forward_gb_s"] = size / row["forward_ms"] / 1e6
+    row["forward_tflop_s"] = operations / row["forward_ms"] / 1e9
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def ceilings() -> dict[str, float]:
+    """What the card does at best: a large copy, bytes read and written; a large product."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copy = medians(lambda: target.copy_(source))
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = medians(lambda: matrix @ matrix)
+    return {"copy_gb_s": round(8 * 2**30 / copy / 1e6), "bf16_tflop_s": round(2 * 8192**3 / product / 1e9)}
+
+
+def worker(problem: Problem, library: str) -> None:
+    """In a process of its own: ``ready``, a line awaited, then the row."""
+
+    def wait() -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+    print(json.dumps(measure(problem, library, wait)), flush=True)
+
+
+def start(problem: Problem, library: str, folder: Path) -> subprocess.Popen[str]:
+    caches = folder / f"{library}-{PROBLEMS.index(problem)}"
+    variables = {"TRITON_CACHE_DIR": caches / "triton", "TILELANG_CACHE_DIR": caches / "tilelang"}
+    environment = {**os.environ, **{name: str(path) for name, path in variables.items()}, "FLA_FLASH_QLA": "0"}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(PROBLEMS.index(problem)), "--library", library]
+    log = (folder / f"{library}-{PROBLEMS.index(problem)}.log").open("w")
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+        cwd=report.ROOT,
+    )  # fmt: skip
+
+
+def line_of(process: subprocess.Popen[str], until: float) -> str:
+    """The next line of a process, or nothing where it ends or takes longer."""
+    assert process.stdout is not None
+    while (left := until - time.monotonic()) > 0:
+        if select.select([process.stdout], [], [], left)[0]:
+            line = process.stdout.readline()
+            if not line or line.strip() == "ready" or line.startswith("{"):
+                return line.strip()
+    return ""
+
+
+def run(chosen: list[tuple[Problem, str]], patience: float, folder: Path) -> list[report.Row]:
+    """The rows of all that answered."""
+    until = time.monotonic() + patience
+    processes = [(problem, library, start(problem, library, folder)) for problem, library in chosen]
+    ready = [(*each, line_of(each[2], until) == "ready") for each in processes]
+    for *_, process, answered in ready:
+        if not answered:
+            process.kill()
+    rows = []
+    for problem, library, process, answered in ready:
+        found = ""
+        if answered and process.stdin is not None:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found = line_of(process, time.monotonic() + 60)
+            process.kill()
+        process.wait()
+        if found:
+            rows.append(json.loads(found))
+            print(json.dumps(rows[-1]), flush=True)
+        else:
+            log = (folder / f"{library}-{PROBLEMS.index(problem)}.log").read_text().strip().splitlines()
+            print(f"no row: {library}, {problem.op} {problem[1:5]}: {log[-1] if log else 'too slow'}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=LIBRARIES, action="append", help="all that are installed, unless given")
+    parser.add_argument("--op", choices=sorted({p.op for p in PROBLEMS}), action="append", help="all, unless given")
+    parser.add_argument("--patience", type=float, default=400, help="seconds for all the first gradients")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<card>.json, into which rows are merged")
+    parser.add_argument("--commit", default="", help="the commit that is measured; default: asked of git")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    libraries = arguments.library or [
+        name for name, (module, _) in LIBRARIES.items() if importlib.util.find_spec(module)
+    ]
+    if arguments.worker is not None:
+        worker(PROBLEMS[arguments.worker], libraries[0])
+        return
+    chosen = [
+        (problem, library)
+        for library in libraries
+        for problem in PROBLEMS
+        if (arguments.op is None or problem.op in arguments.op)
+        and (library != "flash_qla" or problem.op == "gated_delta_rule")
+    ]
+    card = torch.cuda.get_device_name()
+    path = arguments.out or report.RESULTS / f"{card.removeprefix('NVIDIA ').lower().replace(' ', '-')}.json"
+    result = report.load(path)
+    commit = arguments.commit or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=report.ROOT, check=False
+    ).stdout.strip()  # fmt: skip
+    versions = {"PyTorch": torch.__version__, "Triton": importlib.metadata.version("triton")}
+    for name in libraries:
+        if name in DISTRIBUTIONS:
+            versions[report.NAMES[name]] = importlib.metadata.version(DISTRIBUTIONS[name])
+    head = {"kind": "gpu", "card": card, "versions": {**result.get("versions", {}), **versions}, "commit": commit}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(chosen, arguments.patience, Path(folder))
+    report.merge(result, rows)
+    report.save({**head, "ceilings": ceilings(), "rows": result["rows"]}, path)
+
+
+if __name__ == "__main__":
+    main()

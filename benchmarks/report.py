@@ -1,0 +1,163 @@
+"""Results of benchmarks: JSON files, and the tables and plots that are made from them and nothing else.
+
+    python -m benchmarks.report           # README's tables and docs/performance/*.svg from benchmarks/results/*.json
+    python -m benchmarks.report --check   # exit status 1 where README is not what the results say
+
+A result is ``{card, versions, commit, ceilings, rows}``; a row ``{op, batch, time, key_heads, value_heads, key_dim,
+value_dim, rank, library, forward_ms, forward_backward_ms, extra_mib, first_call_s, error, …}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+PROBLEM = ("op", "batch", "time", "key_heads", "value_heads", "key_dim", "value_dim", "rank")
+OURS = "parallelflow"
+NAMES = {OURS: "ParallelFlow", "fla": "FLA", "flash_qla": "FlashQLA"}
+
+
+def load(path: Path) -> Result:
+    """A result; an empty one where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def save(result: Result, path: Path) -> None:
+    """Writes a result, one row a line, so that a new run is a small difference."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)[:-2]
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def merge(result: Result, rows: list[Row]) -> None:
+    """Rows join the result; one of the same problem and library is replaced."""
+    key = lambda row: tuple(row.get(name) for name in (*PROBLEM, "library"))  # noqa: E731
+    kept = {key(row): row for row in result["rows"]} | {key(row): row for row in rows}
+    result["rows"] = list(kept.values())
+
+
+def problems(result: Result) -> dict[tuple, dict[str, Row]]:
+    """The rows by problem, then by library."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in result["rows"]:
+        found.setdefault(tuple(row[name] for name in PROBLEM), {})[row["library"]] = row
+    return found
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table; all columns but the first two are numbers."""
+    rule = ["---" if place < 2 else "---:" for place in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+
+
+def gpu_table(result: Result) -> str:
+    """Every library beside this one: milliseconds, ratio, memory, time to the first gradient, error."""
+    header = ["model, batch × tokens, heads", "library", "forward ms", "", "forward + backward ms", "", "extra MiB",
+              "first gradient s", "error"]  # fmt: skip
+    lines = []
+    for problem, rows in problems(result).items():
+        shape = dict(zip(PROBLEM, problem, strict=True))
+        title = f"`{shape['op']}` {shape['batch']}×{shape['time']}, {shape['key_heads']}/{shape['value_heads']}"
+        ours = rows.get(OURS)
+        for library in (name for name in NAMES if name in rows):
+            row = rows[library]
+            cells = [title, NAMES[library]]
+            for name in ("forward_ms", "forward_backward_ms"):
+                comparable = library != OURS and ours is not None and row[name] and ours[name]
+                cells += [number(row[name]), f"{row[name] / ours[name]:.2f} ×" if comparable else ""]
+            error = "–" if row["error"] is None else f"{row['error']:.1e}"
+            lines.append([*cells, number(row["extra_mib"]), number(row["first_call_s"], 2), error])
+            title = ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    ceilings = result["ceilings"]
+    note = (
+        f"One {result['card']}, bfloat16, K = V = 128, {versions}; copy {ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 "
+        f"matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. × is a library's time over ParallelFlow's."
+    )
+    return f"{note}\n\n{markdown(header, lines)}"
+
+
+TABLES: dict[str, Callable[[Result], str]] = {"gpu": gpu_table}
+"""What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
+
+
+def render(document: str) -> str:
+    """The document with its tables made anew: ``<!-- benchmarks: KIND FILE -->`` … ``<!-- /benchmarks -->``."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, name = match["kind"], match["name"]
+        return f"{match['open']}\n{TABLES[kind](load(RESULTS / name))}\n{match['close']}"
+
+    pattern = r"(?P<open><!-- benchmarks: (?P<kind>\w+) (?P<name>\S+) -->)\n.*?(?P<close><!-- /benchmarks -->)"
+    return re.sub(pattern, table, document, flags=re.DOTALL)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Each problem's forward-and-backward times, one bar a library."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
+    import matplotlib.pyplot as plt
+
+    found = problems(result)
+    libraries = [name for name in NAMES if any(name in rows for rows in found.values())]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 0.6 * len(found) + 1.2), sharey=True)
+    titles = [f"{p[0]} {p[1]}×{p[2]}, {p[3]}/{p[4]}" for p in found]
+    for panel, name in zip(panels, ("forward_ms", "forward_backward_ms"), strict=True):
+        for place, library in enumerate(libraries):
+            ratios = [
+                rows[OURS][name] / rows[library][name] if library in rows and OURS in rows else 0.0
+                for rows in found.values()
+            ]
+            height = 0.8 / len(libraries)
+            panel.barh([y + place * height for y in range(len(found))], ratios, height, label=NAMES[library])
+        panel.set_yticks([y + 0.4 - height / 2 for y in range(len(found))], titles)
+        panel.set_xlabel(f"speed relative to ParallelFlow, {name.removesuffix('_ms').replace('_', ' and ')}")
+        panel.invert_yaxis() if panel is panels[0] else None
+    panels[0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where README is out of date")
+    arguments = parser.parse_args()
+    document = README.read_text()
+    rendered = render(document)
+    if arguments.check:
+        if rendered != document:
+            print("README.md: its tables are not those of benchmarks/results; run python -m benchmarks.report")
+        return int(rendered != document)
+    README.write_text(rendered)
+    for path in RESULTS.glob("*.json"):
+        result = load(path)
+        if result.get("kind") == "gpu":
+            plot(result, ROOT / "docs" / "performance" / f"{path.stem}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
