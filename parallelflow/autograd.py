@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     backend: str
     ties: tuple[int, ...] = tuple(range(SLOTS))
 
+    @torch.no_grad()
     def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Output, final states, and what the backward pass starts from."""
         inputs = self.tied(untied)
@@ -50,6 +51,7 @@ class Setting(NamedTuple):
         """The torch backend's forward pass."""
         return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
 
+    @torch.no_grad()
     def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
         """Gradients of all that is passed through autograd; ``d_final`` None is zero."""
         inputs = self.tied(untied)

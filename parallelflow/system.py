@@ -30,6 +30,7 @@ from parallelflow.decays import (
     Scaled,
     VectorDecay,
     accurate,
+    dots,
     product_onto,
     scale_rows,
     sum_to_heads,
@@ -53,7 +54,7 @@ class System:
     writers: Scaled
     gram: Tensor
     factors: Factorisation | None
-    source: Tensor | None
+    source: Scaled | None
     given: Tensor | None
     total: Tensor | None
 
@@ -73,7 +74,7 @@ class System:
             if given is not None:
                 right = product_onto(right, gram[:, :, :n, n:], given)
             if self.source is not None:
-                right = self.source[index] if right is None else right + self.source[index]
+                right = self.source.at(index).onto(right)
             assert right is not None
             solution = self.factors[index].apply(right)
             written = solution if given is None else torch.cat((solution, given), -2)
@@ -109,7 +110,7 @@ class System:
             writers=self.writers.at(index),
             gram=self.gram[index],
             factors=None if self.factors is None else self.factors[index],
-            source=taken(self.source),
+            source=None if self.source is None else self.source.at(index),
             given=taken(self.given),
             total=taken(self.total),
         )
@@ -136,7 +137,7 @@ class Factored:
     ) -> None:
         self.sign, self.heads = sign, heads
         self.coefficient = coefficient
-        self.vectors = window.cut(vector).to(dtype).contiguous()
+        self.vectors = window.cut(vector).to(dtype)
         self.scalars: Tensor | None = None
         self.channels: Tensor | None = None
         if coefficient is None:
@@ -158,9 +159,9 @@ class Factored:
         return self.vectors if self.channels is None else to_heads(self.vectors, self.heads) * self.channels
 
     @property
-    def values(self) -> Tensor:
-        """``[M, HV, n, D]`` with everything multiplied in."""
-        return scale_rows(self.scalars, to_heads(self.rows, self.heads))
+    def scaled(self) -> Scaled:
+        """``[M, HV, n, D]``, the scalars kept apart."""
+        return Scaled(to_heads(self.rows, self.heads), self.scalars)
 
     def pull_rows(self, window: Window, d_rows: Tensor, d_scalars: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradients of vector and coefficient as tokens, from those of ``rows`` and ``scalars``."""
@@ -176,12 +177,12 @@ class Factored:
         return window.join(d_rows), joined if self.channels is not None else joined.squeeze(-1)
 
     def pull_values(self, window: Window, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of vector and coefficient as tokens, from that of ``values``."""
+        """Gradients of vector and coefficient as tokens, from that of all multiplied in."""
         if self.channels is not None:
             return self.pull_rows(window, gradient, None)
         d_scalars = None
         if self.coefficient is not None:
-            d_scalars = (gradient * to_heads(self.vectors, self.heads)).sum(-1)
+            d_scalars = dots(gradient, self.vectors)
         d_rows = sum_to_heads(scale_rows(self.scalars, gradient), self.vectors.shape[1])
         return self.pull_rows(window, d_rows, d_scalars)
 
@@ -189,7 +190,7 @@ class Factored:
 class Chunks:
     """A window's tokens arranged as the rows of its chunks, with their decay."""
 
-    def __init__(self, inputs: Inputs, traits: Traits, sizes: Sizes, window: Window) -> None:
+    def __init__(self, inputs: Inputs, traits: Traits, sizes: Sizes, window: Window, scale: float) -> None:
         self.window, self.inputs, self.traits, self.sizes = window, inputs, traits, sizes
         dtype, device = sizes.compute_dtype, inputs.query.device
 
@@ -215,10 +216,12 @@ class Chunks:
         self.to = Rows(size, (*writing, *(() if self.lone_write is None else (Family(lone),))), device)
         self.solved = size * reads if self.read is not None else 0
         self.readers = _stack([None if self.read is None else self.read.rows, query.vectors])
-        self.writers = _stack([None if each is None else each.vectors for each in (self.write, self.lone_write)])
-        self.scalars: Tensor | None = None
-        if self.read is not None and self.read.scalars is not None:
-            self.scalars = torch.nn.functional.pad(self.read.scalars, (0, size), value=1)
+        self.tied = self.read is not None and self.write is self.read and self.read.channels is None and not lone
+        if self.tied:
+            self.writers = self.readers[:, :, : self.solved]
+        else:
+            self.writers = _stack([None if each is None else each.vectors for each in (self.write, self.lone_write)])
+        self.scalars = self._scalars(scale)
 
         # Who precedes whom: by token, or by place in the order of all rows; a query comes after all rows of its token.
         early, late = self.to.tokens, self.of.tokens
@@ -229,6 +232,15 @@ class Chunks:
         else:
             late = torch.cat((late[: self.solved], late[self.solved :] + 1))
         self.precedes = late[:, None] > early
+
+    def _scalars(self, scale: float) -> Tensor | None:
+        """Of the readers: the reads' own, and ``scale`` of the queries."""
+        own, size = None if self.read is None else self.read.scalars, self.window.chunk_size
+        if own is None and scale == 1:
+            return None
+        if own is None:
+            own = self.readers.new_ones(self.readers.shape[0], self.sizes.value_heads, self.solved)
+        return torch.nn.functional.pad(own, (0, size), value=scale)
 
     def _decay(self) -> Decay:
         log_decay, dtype = self.inputs.log_decay, self.sizes.compute_dtype
@@ -253,13 +265,16 @@ class Chunks:
 
     def system(self, gram: Tensor, factors: Factorisation | None) -> System:
         """The chunks' equations, from ``gram`` and what solves with it."""
+        readers, writers = self.decay.from_start(self.of, self.readers, self.scalars), self.writers
+        if self.tied and self.decay.rowwise:
+            writers = readers.vectors[:, :, : self.solved]  # spread over the value heads already
         return System(
-            readers=self.decay.from_start(self.of, self.readers, self.scalars),
-            writers=self.decay.to_end(self.to, self.writers),
+            readers=readers,
+            writers=self.decay.to_end(self.to, writers),
             gram=gram,
             factors=factors,
-            source=None if self.value is None else self.value.values,
-            given=None if self.lone_value is None else self.lone_value.values,
+            source=None if self.value is None else self.value.scaled,
+            given=None if self.lone_value is None else self.lone_value.scaled.dense(),
             total=self.decay.total(),
         )
 
@@ -302,4 +317,11 @@ def _stack(parts: list[Tensor | None]) -> Tensor:
     """Families one after another along the rows, with the heads of the one that has most."""
     present = [part for part in parts if part is not None]
     heads = max(part.shape[1] for part in present)
-    return present[0] if len(present) == 1 else torch.cat([to_heads(part, heads) for part in present], -2)
+    wide = [to_heads(part, heads) for part in present]
+    if torch.is_grad_enabled():
+        return torch.cat(wide, -2)
+    sizes = [part.shape[2] for part in wide]  # rows of strided views: copied by all threads, which cat does not do
+    stacked = wide[0].new_empty(*wide[0].shape[:2], sum(sizes), wide[0].shape[3])
+    for rows, part in zip(stacked.split(sizes, 2), wide, strict=True):
+        rows.copy_(part)
+    return stacked

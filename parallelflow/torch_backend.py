@@ -19,6 +19,10 @@ from parallelflow.solvers.guarded import Guarded
 from parallelflow.system import Chunks, Gradients, System
 from parallelflow.windows import Assembly, Window, plan_windows
 
+# What the C library gives back to the system it must clear again, page by page, when it is next asked for. glibc keeps
+# blocks up to the size of the largest one ever freed, but at most 32 MB; other libraries do not mind.
+torch.empty(33_000_000, dtype=torch.uint8)
+
 GROWTH = 24.0  # of ‖T‖ beyond which a chunk is solved in the widest dtype: to 30, errors stay those of the recurrence
 
 
@@ -78,10 +82,10 @@ class Engine:
 
     def forward_window(self, inputs: Inputs, window: Window, entry: Tensor) -> tuple[Tensor, Tensor]:
         """One window's output ``[B, stop - start, HV, V]`` and the states after its pieces ``[pieces, HV, K, V]``."""
-        system = self.system(Chunks(inputs, self.traits, self.sizes, window))
+        system = self.system(Chunks(inputs, self.traits, self.sizes, window, self.scale))
         trajectory = self.aggregate(Recursion(system, keep=False), window, entry, False)
         assert trajectory.said is not None
-        return window.join(trajectory.said).squeeze(2) * self.scale, trajectory.final
+        return window.join(trajectory.said).squeeze(2), trajectory.final
 
     def backward_window(
         self, inputs: Inputs, window: Window, entry: Tensor, d_output: Tensor, d_exit: Tensor
@@ -90,10 +94,10 @@ class Engine:
 
         ``d_output [B, T, HV, V]`` of the whole line, ``d_exit [pieces, HV, K, V]``.
         """
-        chunks = Chunks(inputs, self.traits, self.sizes, window)
+        chunks = Chunks(inputs, self.traits, self.sizes, window, self.scale)
         system = self.system(chunks)
         entries, written, _, _ = self.aggregate(Recursion(system.without_queries(), keep=True), window, entry, False)
-        d_said = window.cut(d_output.unsqueeze(2)).to(self.sizes.compute_dtype) * self.scale
+        d_said = window.cut(d_output.unsqueeze(2)).to(self.sizes.compute_dtype)
         adjoint = Recursion(system.transposed(d_said), keep=True)
         d_exits, d_seen, d_given, d_entry = self.aggregate(adjoint, window, d_exit, True)
         assert entries is not None and written is not None and d_exits is not None and d_seen is not None

@@ -47,10 +47,9 @@ def _flows_of_runs(recursion: Recursion, runs: Lanes, initial: Tensor, reverse: 
         probe = torch.eye(key_dim, dtype=initial.dtype, device=initial.device)
     width = probe.shape[-1]
 
-    def beside(values: Tensor | None) -> Tensor | None:
-        return None if values is None else pad(values, (width, 0))
-
-    system = replace(system, source=beside(system.source), given=beside(system.given))
+    source = None if system.source is None else system.source._replace(vectors=pad(system.source.vectors, (width, 0)))
+    given = None if system.given is None else pad(system.given, (width, 0))
+    system = replace(system, source=source, given=given)
     start = pad(probe, (0, value_dim)).expand(len(runs), heads, -1, -1)
     carried = runs.unsort(sequential(Recursion(system, keep=False), runs, start, reverse).final)
     transition = carried[..., :width]

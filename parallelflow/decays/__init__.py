@@ -9,7 +9,7 @@ Notation: rows p, q belong to tokens; M chunks, HV value heads, C tokens a chunk
 
 from parallelflow.decays.base import Decay, accurate
 from parallelflow.decays.none import NoDecay
-from parallelflow.decays.rows import Family, Rows, Scaled, product_onto, scale_rows, sum_to_heads, to_heads
+from parallelflow.decays.rows import Family, Rows, Scaled, dots, product_onto, scale_rows, sum_to_heads, to_heads
 from parallelflow.decays.scalar import ScalarDecay
 from parallelflow.decays.vector import VectorDecay
 
@@ -22,6 +22,7 @@ __all__ = [
     "Scaled",
     "VectorDecay",
     "accurate",
+    "dots",
     "product_onto",
     "scale_rows",
     "sum_to_heads",

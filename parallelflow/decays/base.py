@@ -18,7 +18,12 @@ def accurate(device: torch.device) -> torch.dtype:
 
 
 class Decay(ABC):
-    """The decay inside chunks. Gradients with respect to the log-decay gather in ``pulled`` as adjoints of ``c``."""
+    """The decay inside chunks. Gradients with respect to the log-decay gather in ``pulled`` as adjoints of ``c``.
+
+    What the ``pull`` methods take as ``gradient`` is given up to them.
+    """
+
+    rowwise: bool  # its factors are numbers a row: the vectors stay as they are
 
     def __init__(self, heads: int) -> None:
         self.heads = heads  # HV

@@ -20,10 +20,17 @@ class Scaled(NamedTuple):
 
     def apply(self, state: Tensor) -> Tensor:
         """``A S``: ``state [M, HV, K, V]`` read by every row, ``[M, HV, n, V]``."""
-        seen = self.vectors @ state
-        if self.scalars is None:
-            return seen
-        return seen * self.scalars.unsqueeze(-1) if torch.is_grad_enabled() else seen.mul_(self.scalars.unsqueeze(-1))
+        return scale_fresh(self.scalars, self.vectors @ state)
+
+    def onto(self, rows: Tensor | None) -> Tensor:
+        """``rows + A``, ``[M, HV, n, K]`` (None is 0)."""
+        if rows is None:
+            return self.dense()
+        return (
+            rows + self.vectors
+            if self.scalars is None
+            else torch.addcmul(rows, self.scalars.unsqueeze(-1), self.vectors)
+        )
 
     def apply_transposed(self, solution: Tensor, onto: Tensor | None = None) -> Tensor:
         """``onto + Aᵀ X``: rows ``[M, HV, n, V]`` written into states ``[M, HV, K, V]`` (None is 0; given up)."""
@@ -45,6 +52,13 @@ class Scaled(NamedTuple):
 def scale_rows(scalars: Tensor | None, rows: Tensor) -> Tensor:
     """Each row of ``rows [..., n, D]`` times its scalar ``[..., n]``."""
     return rows if scalars is None else scalars.unsqueeze(-1) * rows
+
+
+def scale_fresh(scalars: Tensor | None, rows: Tensor) -> Tensor:
+    """``scale_rows`` of rows that are given up: where no gradient is recorded the result takes their memory."""
+    if scalars is None or torch.is_grad_enabled():
+        return scale_rows(scalars, rows)
+    return rows.mul_(scalars.unsqueeze(-1))
 
 
 def product_onto(onto: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -69,6 +83,11 @@ def to_heads(shared: Tensor, heads: int) -> Tensor:
 def sum_to_heads(gradient: Tensor, heads: int) -> Tensor:
     """The adjoint of ``to_heads``: summed over the value heads of each head."""
     return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).sum(2)
+
+
+def dots(wide: Tensor, shared: Tensor) -> Tensor:
+    """Row by row, ``Σ_k wide[p, k] shared[p, k]``: ``[M, HV, n, K]`` and ``[M, H | HV, n, K]`` give ``[M, HV, n]``."""
+    return (wide.unflatten(1, (shared.shape[1], -1)) * shared.unsqueeze(2)).sum(-1).flatten(1, 2)
 
 
 class Family(NamedTuple):

@@ -5,13 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from parallelflow.decays.base import SummedDecay
-from parallelflow.decays.rows import Rows, Scaled, product, pull_product, scale_rows, sum_to_heads, to_heads
+from parallelflow.decays.rows import (
+    Rows,
+    Scaled,
+    dots,
+    product,
+    pull_product,
+    scale_fresh,
+    sum_to_heads,
+    to_heads,
+)
 
 
 class ScalarDecay(SummedDecay):
     """One log-decay a head and token, ``[M, HV, C]``: factors of rows, or of entries of a Gram matrix."""
 
     axis = -1
+    rowwise = True
 
     def __init__(self, log_decay: Tensor) -> None:
         super().__init__(log_decay)
@@ -34,12 +44,12 @@ class ScalarDecay(SummedDecay):
         return (blocks * weights).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
     def gram(self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor) -> Tensor:
-        return scale_rows(scalars, self.weighted(product(left, right).masked_fill(~mask, 0), of, to))
+        return scale_fresh(scalars, self.weighted(product(left, right).masked_fill(~mask, 0), of, to))
 
     def pull_gram(
         self, left: Tensor, scalars: Tensor | None, right: Tensor, of: Rows, to: Rows, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        gradient = self.weighted(gradient.masked_fill(~mask, 0), of, to)
+        gradient = self.weighted(gradient.masked_fill_(~mask, 0), of, to)
         pairs = gradient * to_heads(product(left, right), self.heads)
         d_scalars, d_exponent = None, pairs.sum(-1)
         if scalars is None:
@@ -47,7 +57,7 @@ class ScalarDecay(SummedDecay):
         else:
             d_columns = (scalars.unsqueeze(-2) @ pairs).squeeze(-2)
             d_scalars, d_exponent = d_exponent, scalars * d_exponent
-            gradient = scale_rows(scalars, gradient)
+            gradient = scale_fresh(scalars, gradient)
         self.gather(of, d_exponent)
         self.gather(to, -d_columns)
         d_left, d_right = pull_product(left, right, gradient)
@@ -62,20 +72,20 @@ class ScalarDecay(SummedDecay):
     ) -> tuple[Tensor, Tensor | None]:
         factor = self.rounded_exp(self.exponent(rows))
         weight = factor if scalars is None else factor * scalars
-        dot = (gradient * to_heads(vectors, self.heads)).sum(-1)
+        dot = dots(gradient, vectors)
         self.gather(rows, weight * dot)
         d_scalars = None if scalars is None else factor * dot
-        return sum_to_heads(scale_rows(weight, gradient), vectors.shape[1]), d_scalars
+        return sum_to_heads(scale_fresh(weight, gradient), vectors.shape[1]), d_scalars
 
     def to_end(self, rows: Rows, vectors: Tensor) -> Scaled:
         return Scaled(to_heads(vectors, self.heads), self.rounded_exp(self.last - self.exponent(rows)))
 
     def pull_to_end(self, rows: Rows, vectors: Tensor, gradient: Tensor) -> Tensor:
         factor = self.rounded_exp(self.last - self.exponent(rows))
-        d_exponent = factor * (gradient * to_heads(vectors, self.heads)).sum(-1)
+        d_exponent = factor * dots(gradient, vectors)
         self.gather(rows, -d_exponent)
         self.gather_last(d_exponent.sum(-1))
-        return sum_to_heads(scale_rows(factor, gradient), vectors.shape[1])
+        return sum_to_heads(scale_fresh(factor, gradient), vectors.shape[1])
 
     def total(self) -> Tensor:
         return self.rounded_exp(self.last.squeeze(-1))

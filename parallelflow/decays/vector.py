@@ -19,6 +19,7 @@ class VectorDecay(SummedDecay):
     """
 
     axis = -2
+    rowwise = False
 
     @property
     def size(self) -> int:

@@ -64,11 +64,11 @@ class _Inverse(torch.autograd.Function):
         inverse = _substitute(_diagonal(gram, blocks, 0))  # [..., blocks, rows, rows]
         while blocks > 1:
             blocks //= 2
-            first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+            first, second = inverse[..., 0::2, :, :].contiguous(), inverse[..., 1::2, :, :].contiguous()
             inverse = gram.new_zeros(*gram.shape[:-2], blocks, 2 * rows, 2 * rows)
             inverse[..., :rows, :rows] = first
             inverse[..., rows:, rows:] = second
-            inverse[..., rows:, :rows] = second @ (_diagonal(gram, blocks, 1) @ first)
+            inverse[..., rows:, :rows] = second @ (_diagonal(gram, blocks, 1).contiguous() @ first)
             rows *= 2
         return inverse.squeeze(-3)[..., :size, :size]
 
