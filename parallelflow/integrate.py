@@ -133,7 +133,7 @@ def integrate(
         raise ValueError(
             "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
         )
-    if query.shape[1] == 1 and cu_seqlens is None:
+    if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
         output, final = advance(inputs.stacked(), traits)
     else:
         choice = (backend, chunk_size, solver, aggregate)

@@ -110,12 +110,10 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, T
 
 
 def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
-    host = None if sequence_starts is None else torch.tensor(sequence_starts, dtype=torch.int32)
     return {
         "tied": bool(traits.positions),
         "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
-        "cu_seqlens": None if host is None else host.to(inputs.query.device, non_blocking=True),
-        "cu_seqlens_host": host,
+        "sequence_starts": None if sequence_starts is None else tuple(sequence_starts),
         "tier": tier,
     }

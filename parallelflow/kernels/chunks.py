@@ -5,6 +5,7 @@ A flat index `m` counts the chunks of all sequences.  In a regular batch of `B` 
 """
 
 from functools import lru_cache
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,24 @@ def packed_chunks(cu_seqlens: Tensor, time: int, size: int, cu_seqlens_host: Ten
     length = (cu_seqlens[owner + 1] - first).clamp(0, size)
     table = torch.stack([first, length], dim=1).to(torch.int32).contiguous()
     return Chunks(size, count, sequences, time, 0, table, cu_seqlens, offsets)
+
+
+@lru_cache(maxsize=16)
+def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
+    """The chunks of packed sequences whose boundaries are known on the host: one table, one copy to the device, and the
+    same tensors for all layers of a step, forward and backward."""
+    counts = [-(-(last - first) // size) for first, last in pairwise(starts)]
+    offsets = [0, *accumulate(counts)]
+    rows = [
+        (token, min(size, last - token))
+        for (first, last) in pairwise(starts)
+        for token in range(first, last, size)
+    ]  # fmt: skip
+    numbers = torch.tensor([*starts, *offsets, *chain.from_iterable(rows)], dtype=torch.int32)
+    if device.type == "cuda":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    edges, after, table = numbers.split((len(starts), len(starts), 2 * len(rows)))
+    return Chunks(size, len(rows), len(counts), starts[-1], 0, table.view(-1, 2), edges, after)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import scan as portable
-from .chunks import Chunks, packed_chunks, regular_chunks
+from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
 from .gradient import Gradients, gradient, vacant_gradients
 from .prepare import Prepared, prepare
 from .streams import aside, rejoin
@@ -61,10 +61,13 @@ def _gradient(tier: str, query: Tensor, value: Tensor, chunks: Chunks):
     return gradient
 
 
-def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Chunks:
+def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None,
+              sequence_starts: tuple[int, ...] | None = None) -> Chunks:  # fmt: skip
     """How the line is cut."""
     batch, time = query.shape[:2]
     size = chunk_size(query, value)
+    if sequence_starts is not None:
+        return known_chunks(sequence_starts, size, query.device)
     if cu_seqlens is None:
         return regular_chunks(batch, time, size)
     return packed_chunks(cu_seqlens, time, size, cu_seqlens_host)
@@ -76,17 +79,19 @@ def _contiguous(*tensors: Tensor | None) -> Any:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None, *, tied: bool,
             scale: float, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
-            cu_seqlens_host: Tensor | None = None, need_final_state: bool = False, save_for_backward: bool = False,
-            tier: str = "triton") -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+            cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
+            need_final_state: bool = False, save_for_backward: bool = False, tier: str = "triton",
+            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output [B, T, HV, V], final state [N, HV, K, V] in float32 or None, and what the backward keeps.
 
     query, key [B, T, H, K], value [B, T, HV, V] of one dtype (bfloat16, float16 or float32), HV a multiple of H;
     beta, log_decay [B, T, HV] of any floating dtype (beta may be None if not tied; log_decay None means no decay);
-    initial_state [N, HV, K, V] in float32; cu_seqlens [N + 1] with B = 1.  Head sizes up to 512.
+    initial_state [N, HV, K, V] in float32; cu_seqlens [N + 1] on the device, or sequence_starts, the same
+    numbers on the host, with B = 1.  Head sizes up to 512.
     """
     _check(query, key, value, beta, log_decay, tied, initial_state)
     query, key, value, beta, log_decay, initial_state = _contiguous(query, key, value, beta, log_decay, initial_state)
-    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
+    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, sequence_starts)
     make = _preparation(tier, query, key, chunks)
     prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
     output, final_state = _scans(tier).forward_scan(
@@ -99,7 +104,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
 def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None,
              saved: list[Tensor], d_output: Tensor, d_final_state: Tensor | None, *, tied: bool, scale: float,
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
-             cu_seqlens_host: Tensor | None = None, tier: str = "triton",
+             cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
+             tier: str = "triton",
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None).
 
@@ -107,7 +113,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
     """
     query, key, value, beta, log_decay, initial_state, d_output, d_final_state = _contiguous(
         query, key, value, beta, log_decay, initial_state, d_output, d_final_state)  # fmt: skip
-    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host)
+    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, sequence_starts)
     if not saved:
         make = _preparation(tier, query, key, chunks)
         prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)

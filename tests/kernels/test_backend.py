@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import parallelflow as pf
+from parallelflow.kernels import delta
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -88,3 +89,22 @@ def test_hopper_is_refused_without_one():
     q, k, v, b, g, s = draw()
     with pytest.raises(ValueError, match=r"backend: got 'hopper'"):
         pf.gated_delta_rule(q, k, v, b, g, backend="hopper")
+
+
+def test_a_forced_backend_serves_one_token_or_refuses():
+    *tensors, states = draw(value_heads=1)
+    q, k, v, b, g = (tensor[:, :1] for tensor in tensors)
+    state = states[:1]
+    expected, after = pf.gated_delta_rule(q, k, v, b, g, initial_state=state, return_final_state=True)
+    calls = []
+    forward = delta.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta, "forward", lambda *a, **o: calls.append(1) or forward(*a, **o))
+        output, final = pf.gated_delta_rule(
+            q, k, v, b, g, initial_state=state, return_final_state=True, backend="triton"
+        )
+    assert calls
+    for got, want in ((output, expected), (final, after)):
+        assert (got - want).norm() <= 1e-6 * want.norm()
+    with pytest.raises(ValueError, match=r"backend: got 'triton' with raw reads"):
+        pf.comba(q, k, v, b, g, removal_key=k, backend="triton")

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from delta_recurrence import NAMES, relative, results
 
-from parallelflow.kernels import delta
+from parallelflow.kernels import chunks, delta
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -167,9 +167,20 @@ def test_a_long_sequence_goes_back_in_pieces(tied, monkeypatch):
     cotangents = torch.ones(1, 130, 2, 16, device=DEVICE), torch.ones(1, 2, 16, 16, device=DEVICE)
     whole = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
     monkeypatch.setattr(delta, "LARGEST_STATES", 2 * 2 * 16 * 16 * 4)
-    chunks = delta.chunks_of(inputs["query"], inputs["value"], None, None)
-    states = torch.empty(chunks.count, 2, 16, 16)
-    assert [piece.tokens for piece in delta.pieces_of(chunks, states)] == [slice(0, 64), slice(64, 192)]
+    layout = delta.chunks_of(inputs["query"], inputs["value"], None, None)
+    states = torch.empty(layout.count, 2, 16, 16)
+    assert [piece.tokens for piece in delta.pieces_of(layout, states)] == [slice(0, 64), slice(64, 192)]
     pieces = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
     for name, expected in whole.items():
         assert torch.equal(pieces[name], expected), name
+
+
+@pytest.mark.parametrize("starts", [(0, 70), (0, 0, 64, 65, 200, 200), (0, 31, 160)])
+def test_chunks_of_known_sequences(starts):
+    """The tables made on the host are those made on the device."""
+    bounds = torch.tensor(starts, dtype=torch.int32)
+    expected = chunks.packed_chunks(bounds.to(DEVICE), starts[-1], 32, bounds)
+    found = chunks.known_chunks(starts, 32, torch.device(DEVICE))
+    for name, field in expected._asdict().items():
+        got = getattr(found, name)
+        assert torch.equal(got.cpu(), field.cpu()) if isinstance(field, torch.Tensor) else got == field, name
