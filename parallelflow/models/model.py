@@ -78,6 +78,7 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         past_key_values: ParallelFlowCache | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
@@ -88,13 +89,18 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         tokens = hidden_states.shape[1]
-        packing = None if cu_seqlens is not None else Packing.of(attention_mask, hidden_states)
-        options: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+        if cu_seqlens is None and attention_mask is None:
+            cu_seqlens = sequences_of(position_ids)
+        packing, options = None, {}
+        if cu_seqlens is None:
+            packing = Packing.of(attention_mask, hidden_states)
+        elif attention_mask is None:
+            options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens.cpu()}
+        else:
+            raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")
         if packing is not None:  # once, for all layers
             hidden_states = packing.pack(hidden_states)
             options = {"cu_seqlens": packing.cu_seqlens, "cu_seqlens_cpu": packing.cu_seqlens_cpu}
-        elif cu_seqlens is not None and attention_mask is not None:
-            raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")
 
         seen = []
         first_value = None
@@ -142,7 +148,8 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
     - ``input_ids [B, T]`` or ``inputs_embeds [B, T, D]``,
     - ``attention_mask [B, T]``: 1 for tokens, 0 for padding, on either side: the real tokens are packed, so that each
       sequence gets what it would get alone; outputs at padding are zero,
-    - ``cu_seqlens [N + 1]``: sequences packed on a line of B = 1, instead of a mask,
+    - ``cu_seqlens [N + 1]``: sequences packed on a line of B = 1, instead of a mask; or ``position_ids [1, T]`` that
+      begin again at 0, as Transformers' ``DataCollatorWithFlattening`` gives them. Layers count positions themselves,
     - ``labels [B, T]``: the tokens themselves, -100 where there is no loss; they are shifted inside, and the first
       token of a sequence has no loss, for nothing predicts it,
     - ``past_key_values``: the ``ParallelFlowCache`` of an earlier call; changed in place,
@@ -169,11 +176,14 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
+        if cu_seqlens is None and attention_mask is None:
+            cu_seqlens = sequences_of(position_ids)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -207,6 +217,22 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
         return False  # the first call makes its own
 
 
+def sequences_of(position_ids: Tensor | None) -> Tensor | None:
+    """``cu_seqlens`` of positions that begin again at 0 on a line of B = 1; None for those of one sequence.
+
+    Raises:
+        ValueError: if the line begins inside a sequence and then has others.
+    """
+    if position_ids is None or position_ids.shape[0] != 1 or position_ids.shape[-1] == 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero().squeeze(1)
+    if len(starts) == 0 or (len(starts) == 1 and starts[0] == 0):
+        return None
+    if starts[0] != 0:
+        raise ValueError(f"position_ids: got a 0 at {int(starts[0])} after {int(position_ids[0, 0])}, expected 0 first")
+    return torch.cat([starts, starts.new_tensor([position_ids.shape[-1]])])
+
+
 def _predicted(labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The labels but those of each sequence's first token, which after padding or on a line is not in column 0."""
     if cu_seqlens is not None:
@@ -219,9 +245,9 @@ def _predicted(labels: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor
 
 
 def _refuse(unused: dict[str, Any]) -> None:
-    """Of what Transformers passes to every model, this one needs no positions; anything else is a mistake."""
+    """Whatever else Transformers passes to every model is known; anything more is a mistake."""
     for name, value in unused.items():
-        if name not in ("position_ids", "output_attentions", "return_dict") and value is not None:
+        if name not in ("output_attentions", "return_dict") and value is not None:
             raise TypeError(f"{name}: got {type(value).__name__}, expected no such argument")
     if unused.get("output_attentions"):
         raise ValueError("output_attentions: got True, expected False: a flow has no attention weights")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from parallelflow.checks import expect_floating, show
-from parallelflow.functional import Options
-from parallelflow.integrate import Result, ResultWithStates
+from parallelflow.integrate import Options, Result, ResultWithStates
 from parallelflow.nn.packing import Packing
 
 AnyResult = Result | ResultWithStates
@@ -33,6 +33,10 @@ class Mixed(NamedTuple):
     output: Tensor
     memory: Any
 
+    def per_token(self, change: Callable[[Tensor], Tensor]) -> Mixed:
+        """With every tensor that has a row a token changed."""
+        return self._replace(output=change(self.output))
+
 
 class Sequences(NamedTuple):
     """Where sequences begin on a packed line, and the same on the host; (None, None) for a regular batch."""
@@ -46,7 +50,7 @@ class Layer(nn.Module):
 
     Args:
         hidden_size: D, the channels of the hidden states.
-        engine: options of ``parallelflow.functional`` for every call: ``chunk_size``, ``solver``, ``aggregate``,
+        engine: options of ``parallelflow.integrate`` for every call: ``chunk_size``, ``solver``, ``aggregate``,
             ``backend``, ``validate``.
 
     Called with
@@ -56,6 +60,7 @@ class Layer(nn.Module):
       at padding, and those of the sequence alone elsewhere; a longer mask's last T columns count,
     - ``cu_seqlens [N + 1]`` (and ``cu_seqlens_cpu``, the same on the host), for sequences packed on a line of B = 1,
     - ``memory`` of an earlier call, None at the start of the sequences,
+    - ``first_value``, which RWKV-7 alone takes,
 
     a layer returns ``Mixed(output [B, T, D], memory)``. Cutting a sequence into calls, one token or many, changes
     nothing but rounding.
@@ -77,7 +82,7 @@ class Layer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
         memory: Any = None,
-        **shared: Tensor | None,
+        first_value: Tensor | None = None,
     ) -> Mixed:
         expect_floating("hidden_states", hidden_states)
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
@@ -90,12 +95,12 @@ class Layer(nn.Module):
             packing = None
         else:
             raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")
+        shared = {} if first_value is None else {"first_value": first_value}
         if packing is None:
             return self.mix(hidden_states, memory, Sequences(cu_seqlens, cu_seqlens_cpu), **shared)
         sequences = Sequences(packing.cu_seqlens, packing.cu_seqlens_cpu)
-        packed = {name: None if tensor is None else packing.pack(tensor) for name, tensor in shared.items()}
-        mixed = self.mix(packing.pack(hidden_states), memory, sequences, **packed)
-        return mixed._replace(output=packing.unpack(mixed.output))
+        shared = {name: packing.pack(tensor) for name, tensor in shared.items()}
+        return self.mix(packing.pack(hidden_states), memory, sequences, **shared).per_token(packing.unpack)
 
     @abstractmethod
     def mix(self, hidden_states: Tensor, memory: Any, sequences: Sequences) -> Mixed:

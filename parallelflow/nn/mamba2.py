@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallelflow.checks import expect_positive_integer
-from parallelflow.functional import Options, ssd
+from parallelflow.functional import ssd
+from parallelflow.integrate import Options
 from parallelflow.nn.convolution import depthwise, short_convolution
 from parallelflow.nn.decay import initial_log_rates, initial_step_biases
 from parallelflow.nn.layer import Layer, Memory, Mixed, Sequences

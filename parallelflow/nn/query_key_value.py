@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallelflow.checks import expect_positive_integer
-from parallelflow.functional import Options
+from parallelflow.integrate import Options
 from parallelflow.nn.convolution import depthwise, short_convolution
 from parallelflow.nn.layer import AnyResult, Layer, Memory, Mixed, Sequences, low_rank
 from parallelflow.nn.norm import GatedRMSNorm

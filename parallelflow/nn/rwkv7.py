@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallelflow.checks import expect_positive_integer
-from parallelflow.functional import Options, rwkv7
+from parallelflow.functional import rwkv7
+from parallelflow.integrate import Options
 from parallelflow.nn.convolution import token_shift
 from parallelflow.nn.layer import Layer, Memory, Sequences
 
@@ -27,6 +29,10 @@ class MixedWithValue(NamedTuple):
     output: Tensor
     memory: Memory
     first_value: Tensor
+
+    def per_token(self, change: Callable[[Tensor], Tensor]) -> MixedWithValue:
+        """With every tensor that has a row a token changed."""
+        return self._replace(output=change(self.output), first_value=change(self.first_value))
 
 
 class LowRank(nn.Module):

@@ -101,8 +101,12 @@ def test_generation_goes_on_from_a_cache():
 
 @torch.no_grad()
 def test_packed_sequences():
-    model, text = small_model(*MIXED).double(), tokens(1, 15)
-    packed = model(text, cu_seqlens=torch.tensor([0, 6, 7, 15])).logits
+    model, text, cuts = small_model(*MIXED).double(), tokens(1, 15), torch.tensor([0, 6, 7, 15])
+    packed = model(text, cu_seqlens=cuts).logits
+    positions = torch.cat([torch.arange(6), torch.arange(1), torch.arange(8)]).unsqueeze(0)
+    assert torch.equal(model(text, position_ids=positions).logits, packed)
+    losses = [model(text, labels=text, **how).loss for how in ({"position_ids": positions}, {"cu_seqlens": cuts})]
+    assert torch.equal(*losses)
     for start, stop in [(0, 6), (6, 7), (7, 15)]:
         alone = model(text[:, start:stop]).logits
         torch.testing.assert_close(packed[:, start:stop], alone, rtol=0, atol=1e-10)
@@ -118,6 +122,8 @@ def test_errors():
         model(text, attention_mask=torch.tensor([[0, 1, 1, 1, 2], [1, 1, 1, 1, 1]]))
     with pytest.raises(TypeError, match="cache_position"):
         model(text, cache_position=torch.arange(5))
+    with pytest.raises(ValueError, match="position_ids: got a 0 at 2 after 5"):
+        model(text[:1], position_ids=torch.tensor([[5, 6, 0, 1, 2]]))
     with pytest.raises(ValueError, match="output_attentions"):
         model(text, output_attentions=True)
     with pytest.raises(ValueError, match="input_ids"):

@@ -233,6 +233,20 @@ def test_the_exact_flow_is_a_matrix_exponential():
     assert_same(layer(hidden_states).output[0], torch.stack(outputs))
 
 
+@torch.no_grad()
+def test_the_first_value_under_padding():
+    first, second = build("rwkv7"), RWKV7(WIDTH, head_dim=8, layer_index=1, num_layers=2).double()
+    nn.init.normal_(second.o_proj.weight)
+    hidden_states, mask = draw(2, 7, WIDTH), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    padded = first(hidden_states, attention_mask=mask)
+    outputs = second(padded.output, attention_mask=mask, first_value=padded.first_value)
+    alone = first(hidden_states[:1, 2:])
+    assert_same(outputs.output[:1, 2:], second(alone.output, first_value=alone.first_value).output)
+    assert_same(outputs.first_value[:1, 2:], alone.first_value)
+    with pytest.raises(TypeError, match="first_value"):
+        build("delta_net")(hidden_states, first_value=padded.first_value)
+
+
 def test_initial_decays():
     torch.manual_seed(0)
     layer = GatedDeltaNet(256, num_heads=256, head_dim=1)
