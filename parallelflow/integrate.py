@@ -154,13 +154,15 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     elif importlib.util.find_spec("triton") is None:
         why = "no Triton, expected it installed"
     else:
-        from parallelflow.kernels.backend import hopper_fits, refusal
+        from parallelflow.kernels.backend import fastest, hopper_fits, refusal
 
         why = refusal(inputs, traits)
+        if why is None and backend == "auto":
+            return fastest(inputs)
         if why is None and backend != "triton" and not hopper_fits(inputs):
             why = "another GPU, dtype or head size than compute capability 9, 16 bits, K of 64 or 128, V of 64, 128, …"
     if backend == "auto":
-        return "torch" if why is not None else "hopper"
+        return "torch"
     if why is not None:
         raise ValueError(f"backend: got {backend!r} with {why}")
     return backend

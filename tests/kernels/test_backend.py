@@ -6,7 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 import parallelflow as pf
+from parallelflow.kernels import backend as kernel_backend
 from parallelflow.kernels import delta
+from parallelflow.problem import Inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -108,3 +110,24 @@ def test_a_forced_backend_serves_one_token_or_refuses():
         assert (got - want).norm() <= 1e-6 * want.norm()
     with pytest.raises(ValueError, match=r"backend: got 'triton' with raw reads"):
         pf.comba(q, k, v, b, g, removal_key=k, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("fits", "capability", "expected"),
+    [(True, (9, 0), "hopper"), (False, (9, 0), "triton"), (False, (8, 6), "triton"), (False, (7, 5), "torch")],
+)
+def test_auto_takes_the_fastest_tier(fits, capability, expected, monkeypatch):
+    monkeypatch.setattr(kernel_backend, "hopper_fits", lambda inputs: fits)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernel_backend.fastest(Inputs(query=draw()[0])) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the choice is made on a GPU")
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, {"hopper"}), (torch.float32, {"triton"})])
+def test_auto_runs_on_the_kernels(dtype, expected, monkeypatch):
+    tensors = [t.detach().to(dtype) for t in draw(k=64, v=64, sequences=1)[:5]]
+    tiers, forward = set(), delta.forward
+    monkeypatch.setattr(delta, "forward", lambda *a, **o: tiers.add(o["tier"]) or forward(*a, **o))
+    pf.gated_delta_rule(*tensors)
+    assert tiers == (expected if torch.cuda.get_device_capability()[0] == 9 else {"triton"})
