@@ -262,8 +262,10 @@ def configuration(key: Tensor, value: Tensor) -> tuple[dict[str, int], dict[str,
     stages = 1 if full or shared_memory(key.device) < 160_000 else 3
     pairs = {"BK": min(k, 32 if full else 128), "BV": min(v, 32), "STAGES": stages, "num_stages": stages,
              "num_warps": 4}  # fmt: skip
+    # With two warps the products take no descriptors: of 32 channels ptxas 12.8 gets those wrong (an address from
+    # registers that nobody wrote; docs/performance/prepare.md).
     states = {"BK": min(k, 32 if full else 64), "BV": min(v, 32 if full or group == 1 else 64), "STAGES": stages,
-              "num_stages": stages, "num_warps": 4}  # fmt: skip
+              "num_stages": stages, "num_warps": 2 if k <= 32 else 4}  # fmt: skip
     return pairs, states
 
 

@@ -1,0 +1,69 @@
+"""Compile for Hopper, without a GPU, every kernel that a forward and backward pass of the portable tier launches.
+
+Run as a program, since Triton's interpreter, which other tests need, is chosen for a whole process.  Prints a line per
+kernel: its name, and the instructions that read a register which nothing has written.
+    python portable_launches.py K,V,H,HV,tied,dtype ...
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from machine_code import disassemble, reads_of_unwritten
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from parallelflow.kernels import delta, launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}
+TIME = 130
+
+
+def compile_launch(kernel, *arguments, grid=None, warmup=False, **named):
+    """Take the place of a launch: compile, look, do not run."""
+    bound = dict(zip(kernel.arg_names, arguments, strict=False))
+    bound |= {name: value for name, value in named.items() if name in kernel.arg_names}
+    options = {name: value for name, value in named.items() if name in ("num_warps", "num_stages", "maxnreg")}
+    types, constants, divisible = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value, general = bound[parameter.name], parameter.name in (kernel.do_not_specialize or ())
+        if parameter.is_constexpr or value is None:
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = f"*{NAMES[value.dtype]}"
+            divisible[(place,)] = [["tt.divisibility", 16]]
+        else:
+            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and not general and value % 16 == 0:
+                divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constexprs=constants, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        print(kernel.__name__, *reads_of_unwritten(disassemble(Path(binary.name))), sep=" | ", flush=True)
+
+
+def passes(key_dim, value_dim, heads, value_heads, tied, dtype):
+    """A forward and a backward pass over arrays that nobody fills."""
+    query, key = torch.empty(2, 1, TIME, heads, key_dim, dtype=dtype)
+    value, per_head = torch.empty(1, TIME, value_heads, value_dim, dtype=dtype), torch.empty(1, TIME, value_heads)
+    options = {"tied": tied, "scale": 0.3}
+    output, state, saved = delta.forward(
+        query, key, value, per_head, per_head, need_final_state=True, save_for_backward=True, **options)  # fmt: skip
+    delta.backward(query, key, value, per_head, per_head, saved, output, state, **options)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_launch
+    launch.Bound.__call__ = lambda self, programs, *arguments: self.kernel[(programs,)](*arguments, **self.constants)
+    for case in sys.argv[1:]:
+        *sizes, tied, dtype = case.split(",")
+        passes(*map(int, sizes), bool(int(tied)), DTYPES[dtype])

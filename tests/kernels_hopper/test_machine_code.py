@@ -1,0 +1,43 @@
+"""No kernel reads a register that nothing has written: what ptxas 12.8 once made of the products of 32 channels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from machine_code import reads_of_unwritten
+
+CASES = ["32,32,1,1,1,bf16", "32,32,1,2,0,fp16", "64,64,1,1,1,bf16", "128,128,1,2,1,bf16"]
+
+FAULTY = """
+        /*07e0*/                   UMOV UR11, 0x80000020 ;
+        /*07f0*/                   UIADD3 UR12, UP1, UR12, 0x2, URZ ;
+        /*0800*/              @!UP0 UIADD3 UR16, UP0, UR11, 0x2, URZ ;
+        /*0810*/                   ULDC.64 UR4, c[0x0][0x210] ;
+        /*0820*/                   UIADD3.64 UR6, UR4, 0x3e, URZ ;
+        /*0830*/                   HGMMA.64x32x16.F32.BF16 R72, gdesc[UR4].tnspA.tnspB, R72 ;
+        /*0840*/                   HGMMA.64x64x16.F32.BF16 R24, R128, gdesc[UR14], R24 ;
+        /*0850*/                   HGMMA.64x64x16.F32.BF16 R24, R128, gdesc[UR15], R24 ;
+        /*0860*/                   LDG.E.128 R8, desc[UR30][R50.64+0x2000] ;
+"""
+
+
+def test_reads_of_unwritten_registers_are_found():
+    places = [line.split()[0] for line in reads_of_unwritten(FAULTY)]
+    assert places == ["07f0", "0840", "0850", "0860"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_portable_kernels(case):
+    folder = Path(__file__).parent
+    found = subprocess.run([sys.executable, folder / "portable_launches.py", case], cwd=folder.parents[1],
+                           env={**os.environ, "PYTHONPATH": str(folder.parents[1])},
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    kernels = found.stdout.splitlines()
+    assert len(kernels) > 4
+    assert [line for line in kernels if "|" in line] == []
