@@ -59,25 +59,34 @@ def copy_rows(tile, array, first, length, H: gl.constexpr, K: gl.constexpr, layo
 
 
 @gluon.jit
-def decay_vectors(beta, log_decay, cumulative, from_start, to_end, total, tables, flat, place, length, present,
-                  HV: gl.constexpr, HEADS: gl.constexpr, HAS_BETA: gl.constexpr, HAS_DECAY: gl.constexpr):  # fmt: skip
-    """Store the vectors of HEADS value heads; fill the tables [HEADS, block, token] that the blocks are made from."""
-    highs, lows, weights, afters, befores, spans = tables
-    strided: gl.constexpr = gl.BlockedLayout([1, 1], [HEADS, 32 // HEADS], [1, HEADS], [0, 1])  # as heads lie in memory
-    flat_layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [HEADS, 1], [1, 0])
-    by_block: gl.constexpr = columns_by_lanes(HEADS)
+def load_steps(beta, log_decay, place, length, present, HV: gl.constexpr, HEADS: gl.constexpr, HAS_BETA: gl.constexpr,
+               HAS_DECAY: gl.constexpr):  # fmt: skip
+    """beta and log-decays of HEADS value heads, [HEADS, 64], in the lanes in which they lie side by side in memory."""
+    strided: gl.constexpr = gl.BlockedLayout([1, 1], [HEADS, 32 // HEADS], [1, HEADS], [0, 1])
     head = gl.arange(0, HEADS, gl.SliceLayout(1, strided))
     token = gl.arange(0, 64, gl.SliceLayout(0, strided))
     inside = (token < length)[None, :] & (head < present)[:, None]
     offset = token[None, :] * HV + head[:, None]
     weight = gl.where(inside, 1.0, 0.0)
+    step = weight
     if HAS_BETA:
         weight = gl.load(beta + place + offset, mask=inside, other=0.0).to(gl.float32)
+    if HAS_DECAY:
+        step = gl.load(log_decay + place + offset, mask=inside, other=0.0).to(gl.float32)
+    return weight, step
+
+
+@gluon.jit
+def decay_vectors(weight, step, cumulative, from_start, to_end, total, tables, flat, present,
+                  HEADS: gl.constexpr, HAS_DECAY: gl.constexpr):  # fmt: skip
+    """Store the vectors of HEADS value heads; fill the tables [HEADS, block, token] that the blocks are made from."""
+    highs, lows, weights, afters, befores, spans = tables
+    flat_layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [HEADS, 1], [1, 0])
+    by_block: gl.constexpr = columns_by_lanes(HEADS)
     weight = gl.convert_layout(weight, flat_layout)
     weight_blocks = gl.convert_layout(gl.reshape(weight, [HEADS, 4, 16]), by_block)
     weights.store(weight_blocks)
     if HAS_DECAY:
-        step = gl.load(log_decay + place + offset, mask=inside, other=0.0).to(gl.float32)
         step = gl.convert_layout(step, flat_layout).to(gl.float64)
         step = gl.where(step < -800.0, -800.0, step) * 1.4426950408889634
         c = gl.associative_scan(step, 1, add)
@@ -177,14 +186,15 @@ def multiply_all(q_tile, k_tile, scale, TIED: gl.constexpr, HEADS: gl.constexpr)
     reads = allocate_products()
     owns = allocate_products()
     reads[1].store(side_by_side(read_corner))
-    if TIED:
-        owns[1].store(side_by_side(mma_v2(k_last.load(left), k_last_columns, zero)))
-        k_rows = k_tile.load(left)
     zero = gl.zeros([64, 16], gl.float32, rows)
     for c in gl.static_range(2):
         k_columns = k_tile.slice(16 * c, 16, 0).permute((1, 0)).load(right)
         reads[0].index(c).store(gl.reshape(mma_v2(q_rows, k_columns, zero) * scale, [4, 16, 16]))
-        if TIED:
+    if TIED:
+        owns[1].store(side_by_side(mma_v2(k_last.load(left), k_last_columns, gl.zeros([32, 32], gl.float32, rows))))
+        k_rows = k_tile.load(left)
+        for c in gl.static_range(2):
+            k_columns = k_tile.slice(16 * c, 16, 0).permute((1, 0)).load(right)
             owns[0].index(c).store(gl.reshape(mma_v2(k_rows, k_columns, zero), [4, 16, 16]))
     return reads, owns
 
@@ -260,8 +270,10 @@ def prepare_kernel(query, key, beta, log_decay, inverse, scores, cumulative, fro
               gl.allocate_shared_memory(gl.float32, [HEADS, 4, 16], plain),
               gl.allocate_shared_memory(gl.float32, [HEADS, 4, 16], plain),
               gl.allocate_shared_memory(gl.float32, [HEADS, 4, 1], plain))  # fmt: skip
-    decay_vectors(beta, log_decay, cumulative, from_start, to_end, total, tables, chunk * HV + key_head * GROUP,
-                  first * HV + key_head * GROUP, length, GROUP, HV, HEADS, HAS_BETA, HAS_DECAY)  # fmt: skip
+    place = first * HV + key_head * GROUP
+    weight, step = load_steps(beta, log_decay, place, length, GROUP, HV, HEADS, HAS_BETA, HAS_DECAY)
+    decay_vectors(weight, step, cumulative, from_start, to_end, total, tables, chunk * HV + key_head * GROUP, GROUP,
+                  HEADS, HAS_DECAY)  # fmt: skip
     async_copy.wait_group(0)
     gl.thread_barrier()
     if HEADS == 2:
@@ -272,13 +284,15 @@ def prepare_kernel(query, key, beta, log_decay, inverse, scores, cumulative, fro
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     zero = gl.zeros([HEADS, 16, 16], gl.float32, layout)
     for turn in range(TURNS):
-        value_head = key_head * GROUP + turn * HEADS
         present = GROUP - turn * HEADS
-        flat = chunk * HV + value_head
+        flat = chunk * HV + key_head * GROUP + turn * HEADS
         if TURNS > 1:  # noqa: SIM102 - settled while compiling
             if turn > 0:
-                decay_vectors(beta, log_decay, cumulative, from_start, to_end, total, tables, flat,
-                              first * HV + value_head, length, present, HV, HEADS, HAS_BETA, HAS_DECAY)  # fmt: skip
+                # other names than before the loop: what it carries costs registers
+                weights, steps = load_steps(beta, log_decay, place + turn * HEADS, length, present, HV, HEADS, HAS_BETA,
+                                            HAS_DECAY)  # fmt: skip
+                decay_vectors(weights, steps, cumulative, from_start, to_end, total, tables, flat, present, HEADS,
+                              HAS_DECAY)  # fmt: skip
         if TIED:
             diagonal = allocate_diagonal(HEADS)
         below = ()
