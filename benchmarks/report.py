@@ -67,7 +67,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Significant digits, a dash for nothing."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def gpu_table(result: Result) -> str:

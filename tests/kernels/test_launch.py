@@ -1,0 +1,96 @@
+"""A bound kernel takes Triton's way the first time and for what is unusual, and else its entry point with addresses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from parallelflow.kernels import launch
+
+
+class Kernel:
+    """A compiled kernel in Triton's shape: which launches came through Triton, which through the entry point."""
+
+    def __init__(self) -> None:
+        self.triton, self.entry = [], []
+        self.params = [SimpleNamespace(do_not_specialize=place == 3) for place in range(6)]
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.triton.append((grid, arguments, constants))
+
+    def start(self, *arguments):
+        self.entry.append(arguments)
+
+
+class Descriptor:
+    kind = "a tile"
+
+    def __init__(self) -> None:
+        self.encoded = []
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    found = Kernel()
+    encoding = launch.Encoding(lambda descriptor, metadata: [metadata, 7], "swizzled")
+    entry = launch.Compiled(found.start, ("before",), ("after",), (encoding,))
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launch, "JITFunction", Kernel)
+    monkeypatch.setattr(launch, "_entry_point", lambda *_: entry)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    return found
+
+
+def aligned(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    """A tensor whose address is a multiple of 64, as on a GPU."""
+    memory = torch.empty(4096, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + 2048].view(dtype)[: torch.Size(shape).numel()].view(shape)
+
+
+def test_the_second_launch_goes_through_the_entry_point(kernel):
+    bound, tile, tensor = launch.Bound(kernel, {"SIZE": 4}), Descriptor(), aligned(8)
+    arguments = (tile, tensor, None, 5, 0.5)
+    bound(3, *arguments)
+    assert kernel.triton == [((3,), arguments, {"SIZE": 4})]
+    assert not kernel.entry
+    for _ in range(2):
+        bound(3, *arguments)
+        expected = (3, 1, 1, "stream", "before", "swizzled", 7, tensor.data_ptr(), None, 5, 0.5, "after")
+        assert kernel.entry.pop() == expected
+    assert len(kernel.triton) == 1
+    assert tile.encoded == ["swizzled", 7]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda tile, tensor: (tile, aligned(8, dtype=torch.bfloat16), None, 5, 0.5),
+        lambda tile, tensor: (tile, tensor, tensor, 5, 0.5),
+        lambda tile, tensor: (tile, tensor[1:], None, 5, 0.5),
+        lambda tile, tensor: (tile, tensor, None, 2**31, 0.5),
+    ],
+    ids=["dtype", "present", "unaligned", "64 bits"],
+)
+def test_another_kind_of_argument_is_compiled_for(kernel, changed):
+    bound, tile, tensor = launch.Bound(kernel, {}), Descriptor(), aligned(8)
+    bound(1, tile, tensor, None, 5, 0.5)
+    bound(1, *changed(tile, tensor))
+    assert len(kernel.triton) == 2
+    assert not kernel.entry
+
+
+def test_numbers_that_triton_looks_at_choose_the_kernel(kernel):
+    bound, tile, tensor = launch.Bound(kernel, {}), Descriptor(), aligned(8)
+    for free, looked_at in ((5, 3), (32, 3), (5, 1), (5, 16), (5, 48)):
+        bound(1, tile, tensor, None, free, looked_at, 0.5)
+    assert len(kernel.triton) == 3
+    assert len(kernel.entry) == 2
+
+
+def test_one_object_for_the_same_constants():
+    kernel = Kernel()
+    assert launch.bind(kernel, SIZE=4, WARPS=1) is launch.bind(kernel, SIZE=4, WARPS=1)
+    assert launch.bind(kernel, SIZE=4, WARPS=1) is not launch.bind(kernel, SIZE=8, WARPS=1)

@@ -1,0 +1,55 @@
+"""What is told of benchmarks is what their results say."""
+
+import pytest
+
+from benchmarks import report
+
+SHAPE = {"op": "delta_rule", "batch": 4, "time": 4096, "key_heads": 16, "value_heads": 16, "key_dim": 128,
+         "value_dim": 128, "rank": 1}  # fmt: skip
+FIGURES = {"forward_ms": 0.2, "forward_backward_ms": 0.7, "extra_mib": 713, "first_call_s": 15.2, "error": 3.8e-3}
+
+
+def result(*rows):
+    ceilings = {"copy_gb_s": 4270, "bf16_tflop_s": 790}
+    return {"kind": "gpu", "card": "A", "versions": {"X": "1"}, "commit": "c", "ceilings": ceilings, "rows": list(rows)}
+
+
+def test_readme_is_rendered_from_the_results():
+    document = report.README.read_text()
+    assert report.render(document) == document, "run python -m benchmarks.report"
+
+
+def test_a_row_takes_the_place_of_an_older_one():
+    found = result({**SHAPE, **FIGURES, "library": "fla"}, {**SHAPE, **FIGURES, "library": "parallelflow"})
+    report.merge(
+        found, [{**SHAPE, **FIGURES, "library": "fla", "forward_ms": 0.5}, {**SHAPE, "time": 1, "library": "fla"}]
+    )
+    assert [(row["time"], row["library"], row.get("forward_ms")) for row in found["rows"]] == [
+        (4096, "fla", 0.5), (4096, "parallelflow", 0.2), (1, "fla", None),
+    ]  # fmt: skip
+
+
+def test_results_are_kept_as_they_are(tmp_path):
+    found = result({**SHAPE, **FIGURES, "library": "fla"})
+    report.save(found, tmp_path / "card.json")
+    assert report.load(tmp_path / "card.json") == found
+
+
+def test_a_table_sets_libraries_beside_this_one(tmp_path, monkeypatch):
+    rows = {**SHAPE, **FIGURES, "library": "fla", "forward_ms": 0.5}, {**SHAPE, **FIGURES, "library": "parallelflow"}
+    report.save(result(*rows), tmp_path / "card.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    document = "a\n<!-- benchmarks: gpu card.json -->\nold\n<!-- /benchmarks -->\nb"
+    lines = report.render(document).splitlines()
+    assert "old" not in lines
+    assert (lines[0], lines[-1]) == ("a", "b")
+    assert "| `delta_rule` 4×4096, 16/16 | ParallelFlow | 0.200 |  | 0.700 |  | 713 | 15 | 3.8e-03 |" in lines
+    assert "|  | FLA | 0.500 | 2.50 × | 0.700 | 1.00 × | 713 | 15 | 3.8e-03 |" in lines
+    assert report.render("\n".join(lines)) == "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "–"), (0.2, "0.200"), (1.234, "1.23"), (99.96, "100"), (4016, "4016")]
+)
+def test_numbers_have_three_digits(value, shown):
+    assert report.number(value) == shown
