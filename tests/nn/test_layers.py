@@ -123,8 +123,28 @@ def test_narrow_numbers(variant):
     assert all(parameter.grad.isfinite().all() for parameter in narrow.parameters())
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "low_rank_flow"])  # its step looks at values
+def test_another_device(variant):
+    """On the meta device, where a tensor left on the host is an error: forward, backward, memories, packed lines."""
+    name, options = VARIANTS[variant]
+    with torch.device("meta"):
+        layer = make_layer(name, WIDTH, **options)
+        hidden_states = torch.randn(2, 70, WIDTH, requires_grad=True)
+        line, starts = torch.randn(1, 12, WIDTH), torch.tensor([0, 3, 12])
+    output, memory, *_ = layer(hidden_states)
+    longer, memory, *_ = layer(hidden_states[:, :1], memory=memory)
+    last, memory, *_ = layer(hidden_states[:, :5], memory=memory)
+    (output.sum() + longer.sum() + last.sum()).backward()
+    assert hidden_states.grad.is_meta and all(parameter.grad.is_meta for parameter in layer.parameters())
+    packed = {"cu_seqlens": starts, "cu_seqlens_cpu": torch.tensor([0, 3, 12])}
+    output, memory, *_ = layer(line, **packed)
+    assert output.is_meta and layer(line, memory=memory, **packed).output.is_meta
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["delta_product", "kimi_delta_attention", "rwkv7", "mamba2", "comba"])
+@pytest.mark.parametrize(
+    "variant", ["delta_product", "kimi_delta_attention", "rwkv7", "mamba2", "comba", "low_rank_flow"]
+)
 def test_compiled(variant):
     layer, hidden_states = build(variant), draw(2, 9, WIDTH)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
