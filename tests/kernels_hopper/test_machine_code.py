@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from machine_code import reads_of_unwritten
 
-CASES = ["32,32,1,1,1,bf16", "32,32,1,2,0,fp16", "64,64,1,1,1,bf16", "128,128,1,2,1,bf16"]
+CASES = ["32,32,1,1,1,bf16", "32,32,1,2,0,fp16", "64,64,1,1,1,bf16"]
 
 FAULTY = """
         /*07e0*/                   UMOV UR11, 0x80000020 ;

@@ -295,7 +295,7 @@ def prepare_kernel(query, key, beta, log_decay, inverse, scores, cumulative, fro
                               HAS_DECAY)  # fmt: skip
         if TIED:
             diagonal = allocate_diagonal(HEADS)
-        below = ()
+        below: gl.tuple = ()
         for r in gl.static_range(4):
             if HEADS == 1:
                 if r > 0:
@@ -308,7 +308,7 @@ def prepare_kernel(query, key, beta, log_decay, inverse, scores, cumulative, fro
                     gl.thread_barrier()
                     copy_rows(q_tile, query, 16 * r + 16, length, H, K, copied)
                     async_copy.commit_group()
-            blocks = ()
+            blocks: gl.tuple = ()
             for c in gl.static_range(r + 1):
                 decay = decay_block(tables, r, c, HEADS, HAS_DECAY)
                 if HEADS == 2:

@@ -126,7 +126,7 @@ def substitute(diagonal, HEADS: gl.constexpr):
     """The inverses of the diagonal blocks, [block, head, row, column] in shared memory: x_i = e_i - sum_j L_ij x_j."""
     layout: gl.constexpr = columns_by_lanes(HEADS)
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    rows = ()
+    rows: gl.tuple = ()
     for i in gl.static_range(16):
         x = gl.where(column == i, 1.0, 0.0) + gl.zeros([HEADS, 4, 16], gl.float32, layout)
         for quad in gl.static_range((i + 3) // 4):
