@@ -60,6 +60,7 @@ def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, pac
     resources = compile_for_hopper(forward_kernel, types, constants, 168 if output else 240)
     assert resources.shared_bytes <= SHARED_LIMIT
     assert resources.spilled_bytes == 0
+    assert not resources.unwritten
     assert not SERIALISED & set(resources.remarks)
 
 
@@ -73,4 +74,5 @@ def test_reverse_compiles(compile_for_hopper, key_size, dtype, tied, packed):
     resources = compile_for_hopper(reverse_kernel, types, constants, 168)
     assert resources.shared_bytes <= SHARED_LIMIT
     assert resources.spilled_bytes == 0
+    assert not resources.unwritten
     assert not SERIALISED & set(resources.remarks)
