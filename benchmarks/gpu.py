@@ -256,13 +256,15 @@ def ceilings() -> dict[str, float]:
 
 
 def worker(problem: Problem, library: str) -> None:
-    """In a process of its own: ``ready``, a line awaited, then the row."""
+    """In a process of its own: ``ready``, a line awaited, then the row. What libraries print goes to the log."""
+    parent = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
     def wait() -> None:
-        print("ready", flush=True)
+        print("ready", file=parent, flush=True)
         sys.stdin.readline()
 
-    print(json.dumps(measure(problem, library, wait)), flush=True)
+    print(json.dumps(measure(problem, library, wait)), file=parent, flush=True)
 
 
 def start(problem: Problem, library: str, folder: Path) -> subprocess.Popen[str]:
@@ -280,12 +282,8 @@ def start(problem: Problem, library: str, folder: Path) -> subprocess.Popen[str]
 def line_of(process: subprocess.Popen[str], until: float) -> str:
     """The next line of a process, or nothing where it ends or takes longer."""
     assert process.stdout is not None
-    while (left := until - time.monotonic()) > 0:
-        if select.select([process.stdout], [], [], left)[0]:
-            line = process.stdout.readline()
-            if not line or line.strip() == "ready" or line.startswith("{"):
-                return line.strip()
-    return ""
+    waiting = max(until - time.monotonic(), 0)
+    return process.stdout.readline().strip() if select.select([process.stdout], [], [], waiting)[0] else ""
 
 
 def run(chosen: list[tuple[Problem, str]], patience: float, folder: Path) -> list[report.Row]:
