@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from parallelflow.checks import expect_choice, expect_positive_integer, show
 from parallelflow.discretizations import Discretization
-from parallelflow.functional import Options
 from parallelflow.integrate import integrate
 from parallelflow.paths import LinearField, Path, controlled, hermite, linear, log_ode, rectilinear
 
@@ -55,7 +54,7 @@ class LinearCDE(nn.Module):
         rank: int = 1,
         interpolation: Literal["linear", "hermite", "rectilinear"] = "linear",
         discretization: Discretization | str = "exact",
-        engine: Options | None = None,
+        engine: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
@@ -67,7 +66,7 @@ class LinearCDE(nn.Module):
             discretization = Discretization(discretization)
         self.channels, self.head_dim = channels, head_dim
         self.interpolation, self.discretization = interpolation, discretization
-        self.engine: Options = {} if engine is None else engine
+        self.engine = {} if engine is None else engine
         rows = (channels + 1, rank, num_heads)
         self.read = nn.Parameter(torch.randn(*rows, head_dim) / head_dim**0.5)
         self.write = nn.Parameter(torch.randn(*rows, head_dim) / head_dim**0.5)
