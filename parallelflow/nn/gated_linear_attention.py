@@ -10,7 +10,6 @@ from torch import Tensor
 from parallelflow.checks import expect_number
 from parallelflow.functional import gated_linear_attention
 from parallelflow.nn.layer import AnyResult, low_rank
-from parallelflow.nn.published import accept, gla
 from parallelflow.nn.query_key_value import QueryKeyValueLayer
 
 
@@ -27,7 +26,7 @@ class GatedLinearAttention(QueryKeyValueLayer):
         options: of ``QueryKeyValueLayer``.
 
     Source: Yang, Wang, Shen, Panda and Kim 2024, arXiv 2312.06635; names of flash-linear-attention's
-    ``GatedLinearAttention``, whose ``g_norm_swish_gate`` and ``g_norm`` load as ``o_norm``.
+    ``GatedLinearAttention``: the norm is ``g_norm_swish_gate``, or ``g_norm`` without such a gate.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class GatedLinearAttention(QueryKeyValueLayer):
         temperature: float = 16.0,
         **options: Any,
     ) -> None:
+        self.norm_name = "g_norm_swish_gate" if output_gate == "silu" else "g_norm"
         super().__init__(
             hidden_size,
             num_heads=num_heads,
@@ -55,7 +55,6 @@ class GatedLinearAttention(QueryKeyValueLayer):
         expect_number("temperature", temperature)
         self.temperature = temperature
         self.gk_proj = low_rank(hidden_size, decay_rank, self.num_value_heads * self.head_dim, bias=True)
-        accept(self, gla)
 
     def activate(self, inputs: Tensor) -> Tensor:
         return super().activate(inputs) if self.conv_size else inputs

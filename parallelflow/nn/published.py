@@ -82,8 +82,3 @@ def kimi_linear(layer: Any, parameters: Parameters) -> None:
     if "g_proj.1.weight" in parameters:
         weight = parameters["g_proj.1.weight"]
         parameters.setdefault("g_proj.1.bias", weight.new_zeros(weight.shape[0]))
-
-
-def gla(layer: Any, parameters: Parameters) -> None:
-    """The norm is named after what it is fused with."""
-    rename(parameters, g_norm_swish_gate="o_norm", g_norm="o_norm")

@@ -38,6 +38,8 @@ class QueryKeyValueLayer(Layer):
     v_conv1d``, ``g_proj``, ``o_norm``, ``o_proj``.
     """
 
+    norm_name = "o_norm"
+
     def __init__(
         self,
         hidden_size: int,
@@ -77,7 +79,8 @@ class QueryKeyValueLayer(Layer):
         elif output_gate is not None:
             self.g_proj = nn.Linear(hidden_size, value_size, bias=False)
         self.output_gate = output_gate
-        self.o_norm = GatedRMSNorm(self.value_head_dim, eps=norm_eps, activation=output_gate or "silu")
+        norm = GatedRMSNorm(self.value_head_dim, eps=norm_eps, activation=output_gate or "silu")
+        self.add_module(self.norm_name, norm)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
 
     @abstractmethod
@@ -112,5 +115,6 @@ class QueryKeyValueLayer(Layer):
         gate = None
         if self.output_gate is not None:
             gate = self.g_proj(hidden_states).unflatten(-1, (self.num_value_heads, self.value_head_dim))
-        output = self.o_proj(self.o_norm(result.output, gate).flatten(-2))
+        norm = self.get_submodule(self.norm_name)
+        output = self.o_proj(norm(result.output, gate).flatten(-2))
         return Mixed(output, Memory(window, result.final_state))
