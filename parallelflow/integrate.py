@@ -21,6 +21,7 @@ from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
+TRITON = importlib.util.find_spec("triton") is not None  # found once: looking for it breaks a compiled graph
 BACKENDS = ("auto", "torch", "triton", "hopper")
 
 
@@ -151,7 +152,7 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
         return "torch"
     if plan != Plan(64, "tensor_inverse", "sequential"):
         why: str | None = f"{plan}, expected chunks of 64, tensor_inverse and sequential"
-    elif importlib.util.find_spec("triton") is None:
+    elif not TRITON:
         why = "no Triton, expected it installed"
     else:
         from parallelflow.kernels.backend import fastest, hopper_fits, refusal

@@ -105,11 +105,9 @@ def backward(
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """The row's key, value and coefficient, without R axis."""
-    if inputs.write is not None:
-        found = inputs.write, inputs.value, inputs.value_coefficient
-    else:
-        found = inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
-    key, value, coefficient = found
+    key, value, coefficient = inputs.write, inputs.value, inputs.value_coefficient
+    if key is None:
+        key, value, coefficient = inputs.lone_write, inputs.lone_value, inputs.lone_coefficient
     assert key is not None
     assert value is not None
     if key.ndim == 4:
