@@ -42,12 +42,12 @@ class Setting(NamedTuple):
         inputs = self.tied(untied)
         if self.backend == "torch":
             output, final, carries = self.plain(inputs)
-            return output, final, [carries]
+            return output, final, carries if keep else []
         from parallelflow.kernels import backend
 
         return backend.forward(inputs, self.traits, self.sequence_starts, self.backend, keep)
 
-    def plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The torch backend's forward pass."""
         return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
 
@@ -64,8 +64,8 @@ class Setting(NamedTuple):
         else:
             stacked = inputs.stacked()
             if d_final is None:
-                d_final = saved[0].new_zeros(self.states(inputs))
-            parts = (saved[0], d_output, d_final)
+                d_final = inputs.query.new_zeros(self.states(inputs), dtype=sizes_of(inputs).compute_dtype)
+            parts = (saved, d_output, d_final)
             gradients = torch_backend.backward(stacked, self.traits, self.plan, self.sequence_starts, *parts)
             gradients = gradients.unstacked(inputs)
         folded: list[Tensor | None] = [None] * SLOTS
@@ -272,8 +272,14 @@ def _integrate(
         log_decay, initial_state,
     )  # fmt: skip
     code = _Code(flags, positions, lone_positions, ties, scale, names)
-    output, final, saved = code.setting(cu_seqlens).forward(inputs, keep=False)
-    return output, final, saved[0] if saved else query.new_empty(0)
+    setting = code.setting(cu_seqlens)
+    output, final, carries = setting.forward(inputs, keep=setting.backend == "torch")
+    if setting.backend != "torch":  # the kernels make theirs again
+        return output, final, query.new_empty(0)
+    saved = final.new_zeros(carry_count(setting.plan, final.shape[1], query.shape[1]), query.shape[0], *final.shape[1:])
+    for number, carry in enumerate(carries):
+        saved[number] = carry
+    return output, final, saved
 
 
 @_integrate.register_fake
@@ -312,7 +318,7 @@ def _integrate_backward(
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
     full = Inputs(*filled)  # type: ignore[arg-type]
-    kept = [saved] if saved.numel() else []
+    kept = list(saved.unbind(0)) if saved.numel() else []
     gradients = code.setting(cu_seqlens).backward(full, kept, d_output, d_final)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 

@@ -163,28 +163,23 @@ class Factored:
         """``[M, HV, n, D]``, the scalars kept apart."""
         return Scaled(to_heads(self.rows, self.heads), self.scalars)
 
-    def pull_rows(self, window: Window, d_rows: Tensor, d_scalars: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of vector and coefficient as tokens, from those of ``rows`` and ``scalars``."""
-        d_coefficient = None
+    def pull_rows(self, d_rows: Tensor, d_scalars: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients of vector and coefficient, as rows, from those of ``rows`` and ``scalars``."""
+        d_coefficient = d_scalars
         if self.channels is not None:
             d_coefficient = d_rows * to_heads(self.vectors, self.heads)
             d_rows = sum_to_heads(d_rows * self.channels, self.vectors.shape[1])
-        elif d_scalars is not None:
-            d_coefficient = d_scalars.unsqueeze(-1)
         if self.coefficient is None or d_coefficient is None:
-            return window.join(d_rows), None
-        joined = window.join(self.sign * sum_to_heads(d_coefficient, self.coefficient.shape[3]))
-        return window.join(d_rows), joined if self.channels is not None else joined.squeeze(-1)
+            return d_rows, None
+        heads = self.coefficient.shape[3]
+        return d_rows, sum_to_heads(d_coefficient if self.sign == 1 else -d_coefficient, heads)
 
-    def pull_values(self, window: Window, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of vector and coefficient as tokens, from that of all multiplied in."""
+    def pull_values(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of vector and coefficient, as rows, from that of all multiplied in."""
         if self.channels is not None:
-            return self.pull_rows(window, gradient, None)
-        d_scalars = None
-        if self.coefficient is not None:
-            d_scalars = dots(gradient, self.vectors)
-        d_rows = sum_to_heads(scale_rows(self.scalars, gradient), self.vectors.shape[1])
-        return self.pull_rows(window, d_rows, d_scalars)
+            return self.pull_rows(gradient, None)
+        d_scalars = None if self.coefficient is None else dots(gradient, self.vectors)
+        return self.pull_rows(sum_to_heads(scale_rows(self.scalars, gradient), self.vectors.shape[1]), d_scalars)
 
 
 class Chunks:
@@ -279,38 +274,33 @@ class Chunks:
         )
 
     def pull(self, of: Gradients) -> Inputs:
-        """Gradients of the window's tokens, ``[B, stop - start, …]``."""
-        decay, window, n = self.decay, self.window, self.solved
+        """Gradients of the window's tokens, as rows of its chunks: ``[M, heads, C·R(, D)]``."""
+        decay, n = self.decay, self.solved
         order = (self.of, self.to, self.precedes)
         d_readers, d_scalars = decay.pull_from_start(self.of, self.readers, self.scalars, of.readers)
         d_writers = decay.pull_to_end(self.to, self.writers, of.writers)
         left, scalars, right = decay.pull_gram(self.readers, self.scalars, self.writers, *order, of.gram)
-        d_readers, d_writers = d_readers + left, d_writers + right
+        d_readers, d_writers = d_readers.add_(left), d_writers.add_(right)
         if d_scalars is not None and scalars is not None:
             d_scalars = (d_scalars + scalars)[:, :, :n]
         if of.total is not None:
             decay.pull_total(of.total)
 
         d_query = sum_to_heads(d_readers[:, :, n:], self.query.vectors.shape[1])
-        gradients = Inputs(query=window.join(d_query).squeeze(2))
+        gradients = Inputs(query=d_query, log_decay=decay.pull())
         if self.read is not None and self.write is not None:
             d_read = sum_to_heads(d_readers[:, :, :n], self.read.rows.shape[1])
             d_write = sum_to_heads(d_writers[:, :, :n], self.write.vectors.shape[1])
-            read, coefficient = self.read.pull_rows(window, d_read, d_scalars)
-            gradients = gradients._replace(read=read, read_coefficient=coefficient, write=window.join(d_write))
+            read, coefficient = self.read.pull_rows(d_read, d_scalars)
+            gradients = gradients._replace(read=read, read_coefficient=coefficient, write=d_write)
         if self.value is not None and of.source is not None:
-            value, coefficient = self.value.pull_values(window, of.source)
+            value, coefficient = self.value.pull_values(of.source)
             gradients = gradients._replace(value=value, value_coefficient=coefficient)
         if self.lone_write is not None and self.lone_value is not None and of.given is not None:
-            d_lone = window.join(sum_to_heads(d_writers[:, :, n:], self.lone_write.vectors.shape[1]))
-            value, coefficient = self.lone_value.pull_values(window, of.given)
+            d_lone = sum_to_heads(d_writers[:, :, n:], self.lone_write.vectors.shape[1])
+            value, coefficient = self.lone_value.pull_values(of.given)
             gradients = gradients._replace(lone_write=d_lone, lone_value=value, lone_coefficient=coefficient)
-        d_log_decay = decay.pull()
-        if d_log_decay is None:
-            return gradients
-        if d_log_decay.ndim == 3:
-            return gradients._replace(log_decay=window.join(d_log_decay.unsqueeze(-1)).squeeze(-1).squeeze(2))
-        return gradients._replace(log_decay=window.join(d_log_decay).squeeze(2))
+        return gradients
 
 
 def _stack(parts: list[Tensor | None]) -> Tensor:

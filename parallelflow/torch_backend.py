@@ -81,11 +81,11 @@ class Engine:
         return Guarded.mend(plain, solver(chunks.accurate_gram()[magnified], block), magnified)
 
     def forward_window(self, inputs: Inputs, window: Window, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """One window's output ``[B, stop - start, HV, V]`` and the states after its pieces ``[pieces, HV, K, V]``."""
+        """One window's output as rows ``[M, HV, C, V]`` and the states after its pieces ``[pieces, HV, K, V]``."""
         system = self.system(Chunks(inputs, self.traits, self.sizes, window, self.scale))
         trajectory = self.aggregate(Recursion(system, keep=False), window, entry, False)
         assert trajectory.said is not None
-        return window.join(trajectory.said).squeeze(2), trajectory.final
+        return trajectory.said, trajectory.final
 
     def backward_window(
         self, inputs: Inputs, window: Window, entry: Tensor, d_output: Tensor, d_exit: Tensor
@@ -137,9 +137,9 @@ def carry_count(plan: Plan, value_heads: int, time: int) -> int:
 
 def forward(
     inputs: Inputs, traits: Traits, plan: Plan, sequence_starts: list[int] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]``, and the states carried into windows that continue a
-    sequence, ``[windows, B, HV, K, V]``."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]``, and the states carried into the windows that continue
+    sequences, ``[B, HV, K, V]`` each."""
     batch, time = inputs.query.shape[:2]
     engine = Engine(traits, sizes_of(inputs), plan)
     with without_autocast(inputs.query.device):
@@ -155,13 +155,10 @@ def forward(
             carry = exits[len(window.ends) :]
             if window.unfinished:
                 carries.append(carry)
-        final = torch.cat(finals) if finals else initial.clone()
+        final = _cat(finals) if finals else initial.clone()
         if final.shape[0] < initial.shape[0]:  # empty sequences keep their state
             final = initial.index_copy(0, _filled(sequence_starts, initial.device), final)
-        blank = carry_count(plan, engine.sizes.value_heads, time) - len(carries)
-        unused = initial.new_zeros(blank, batch, *initial.shape[1:])
-        saved = torch.cat((torch.stack(carries), unused)) if carries else unused
-        return output.whole(), final.contiguous(), saved
+        return output.whole(), final.contiguous(), carries
 
 
 def backward(
@@ -169,7 +166,7 @@ def backward(
     traits: Traits,
     plan: Plan,
     sequence_starts: list[int] | None,
-    saved: Tensor,
+    saved: list[Tensor],
     d_output: Tensor,
     d_final: Tensor,
 ) -> Inputs:
@@ -180,13 +177,13 @@ def backward(
         d_final = d_final.to(engine.sizes.compute_dtype)
         initial = engine.initial(inputs, d_final.shape[0])
         windows = engine.windows(batch, time, sequence_starts)
-        carries = list(saved[: sum(window.unfinished for window in windows)])
+        carries = saved[: sum(window.unfinished for window in windows)]
         whole = [None if tensor is None else Assembly(torch.empty_like(tensor)) for tensor in inputs[:-1]]
         d_initial: list[Tensor] = []
         d_carry = d_final[:0]
         for window in reversed(windows):
             entry = _enter(window, carries.pop() if window.continued else initial[:0], initial)
-            d_exit = torch.cat((d_final[_range(window.ends)], d_carry))
+            d_exit = _cat([d_final[_range(window.ends)], d_carry])
             found, d_entry = engine.backward_window(inputs, window, entry, d_output, d_exit)
             for assembly, piece in zip(whole, found, strict=False):
                 if assembly is not None and piece is not None:
@@ -206,7 +203,13 @@ def backward(
 def _enter(window: Window, carry: Tensor, initial: Tensor) -> Tensor:
     """The entry states of a window's lanes: carried, or a sequence's first."""
     begun = initial[_range(window.begins)]
-    return torch.cat((carry, begun)) if window.continued else begun
+    return _cat([carry, begun]) if window.continued else begun
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Along the first axis; a single part that is not empty stays what it is."""
+    filled = [part for part in parts if part.shape[0]]
+    return filled[0] if len(filled) == 1 else torch.cat(parts)
 
 
 def _range(numbers: tuple[int, ...]) -> slice | list[int]:

@@ -64,12 +64,28 @@ class Window:
         chunks = tokens.unflatten(1, (-1, self.chunk_size))
         return chunks.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(0, 1)
 
-    def join(self, rows: Tensor) -> Tensor:
-        """``[M, heads, C·R, D] -> [B, stop - start, R, heads, D]``, the transpose of ``cut``."""
-        chunks = rows.unflatten(2, (self.chunk_size, -1)).permute(0, 2, 3, 1, 4)
+    def join(self, rows: Tensor, stacked: bool) -> Tensor:
+        """``[M, heads, C·R(, D)] -> [B, stop - start, (R,) heads(, D)]``, the transpose of ``cut``; without its R axis
+        (R = 1) if not ``stacked``."""
+        chunks = self._by_token(rows, stacked)
         if len(self.pieces) > 1:
             return chunks.flatten(0, 1)[self._places(rows.device)].unsqueeze(0)
         return chunks.unflatten(0, (-1, self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.stop - self.start]
+
+    def put(self, rows: Tensor, line: Tensor) -> None:
+        """``join`` written into its place of a line: in one pass, where the window is whole chunks."""
+        place, stacked = line[:, self.start : self.stop], line.ndim > rows.ndim
+        if len(self.pieces) > 1 or place.shape[1] % self.chunk_size:
+            place.copy_(self.join(rows, stacked))
+        else:
+            chunks = self._by_token(rows, stacked).unflatten(0, (-1, self.batch)).transpose(0, 1)
+            place.unflatten(1, (-1, self.chunk_size)).copy_(chunks)
+
+    def _by_token(self, rows: Tensor, stacked: bool) -> Tensor:
+        """``[M, heads, C·R(, D)] -> [M, C, (R,) heads(, D)]``, a view."""
+        if not stacked:
+            return rows.transpose(1, 2)
+        return rows.unflatten(2, (self.chunk_size, -1)).movedim(1, 3)
 
 
 class Assembly:
@@ -80,13 +96,13 @@ class Assembly:
         self.pieces: dict[int, Tensor] = {}
         self.filled = 0
 
-    def put(self, window: Window, piece: Tensor) -> None:
-        """The tokens of a window, ``[B, stop - start, …]``."""
+    def put(self, window: Window, rows: Tensor) -> None:
+        """A window's rows ``[M, heads, C·R(, D)]``."""
         self.filled += window.stop - window.start
         if torch.is_grad_enabled():
-            self.pieces[window.start] = piece.to(self.like.dtype)
+            self.pieces[window.start] = window.join(rows, self.like.ndim > rows.ndim).to(self.like.dtype)
         else:
-            self.like[:, window.start : window.stop] = piece
+            window.put(rows, self.like)
 
     def whole(self) -> Tensor:
         """The line."""

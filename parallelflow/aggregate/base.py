@@ -36,10 +36,12 @@ class Recursion:
     system: System
     keep: bool
 
-    def step(self, state: Tensor, index: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The state after the chunks at ``index``, what they write and what they say."""
+    def step(self, state: Tensor, index: slice, owned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The state after the chunks at ``index``, what they write and what they say. A state that is ``owned`` is
+        given up: nobody else holds it."""
         written, said = self.answers(state, index)
-        return self.system.writers.at(index).apply_transposed(written, self._decayed(state, index)), written, said
+        decayed = self._decayed(state, index, owned and not torch.is_grad_enabled())
+        return self.system.writers.at(index).apply_transposed(written, decayed), written, said
 
     def answers(self, entries: Tensor, index: slice) -> tuple[Tensor, Tensor | None]:
         """What chunks write and say, their entry states known."""
@@ -60,14 +62,15 @@ class Recursion:
         identity = torch.eye(like.shape[2], dtype=like.dtype, device=like.device).expand(*shape, -1, -1)
         solution = system.factors.apply(system.readers.dense())
         writers = system.writers.first(system.solved)
-        return Flow(writers.apply_transposed(solution, self._decayed(identity, everything)), source)
+        return Flow(writers.apply_transposed(solution, self._decayed(identity, everything, False)), source)
 
-    def _decayed(self, state: Tensor, index: slice) -> Tensor:
+    def _decayed(self, state: Tensor, index: slice, owned: bool) -> Tensor:
         """``Λ S``, in memory of its own."""
         if self.system.total is None:
-            return state.clone(memory_format=torch.contiguous_format)
+            return state if owned else state.clone(memory_format=torch.contiguous_format)
         total = self.system.total[index]
-        return state * (total[..., None, None] if total.ndim == 2 else total.unsqueeze(-1))
+        total = total[..., None, None] if total.ndim == 2 else total.unsqueeze(-1)
+        return state.mul_(total) if owned else state * total
 
 
 Aggregate = Callable[[Recursion, Lanes, Tensor, bool], Trajectory]

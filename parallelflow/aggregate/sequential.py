@@ -18,21 +18,21 @@ def sequential(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: boo
     written: list[Tensor] = []
     said: list[Tensor] = []
     ended: list[Tensor] = []
-    state = initial[: lanes.active[-1]] if reverse else initial
+    state, owned = initial[: lanes.active[-1]] if reverse else initial, False
     for step in reversed(range(lanes.steps)) if reverse else range(lanes.steps):
         active = lanes.active[step]
         if active < state.shape[0]:
             ended.append(state[active:])
-            state = state[:active]
+            state, owned = state[:active], False
         elif active > state.shape[0]:
             state = torch.cat((state, initial[state.shape[0] : active]))
-        following, writes, says = recursion.step(state, lanes.at(step))
+        following, writes, says = recursion.step(state, lanes.at(step), owned)
         if recursion.keep:
             entries.append(state)
             written.append(writes)
         if says is not None:
             said.append(says)
-        state = following
+        state, owned = following, not recursion.keep
     return Trajectory(
         _along(entries, reverse),
         _along(written, reverse),
