@@ -135,7 +135,7 @@ def plot(result: Result, path: Path) -> None:
         panel.set_yticks([y + 0.4 - height / 2 for y in range(len(found))], titles)
         panel.set_xlabel(f"speed relative to ParallelFlow, {name.removesuffix('_ms').replace('_', ' and ')}")
         panel.invert_yaxis() if panel is panels[0] else None
-    panels[0].legend(fontsize="small")
+    panels[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=len(libraries), frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
