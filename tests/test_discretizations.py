@@ -462,6 +462,21 @@ def test_decays_of_any_strength(scheme, splitting):
     assert_close(getattr(pf, name)(**fresh, discretization=chosen).output, output[:, 12:], 1e-12)
 
 
+@pytest.mark.parametrize("scheme", FROZEN)
+def test_a_reset_is_no_rate(scheme):
+    """It resets however short the step is, 0 included, and its gradients are finite."""
+    inputs = make_inputs("gated_delta_rule", SIZES)
+    inputs["log_decay"][:, 3] = -torch.inf
+    step = torch.rand(2, 7, dtype=F64)
+    step[:, 3] = 0
+    leaves = require_grad(inputs | {"step": step})
+    chosen = Discretization(scheme, step=leaves["step"])
+    output = pf.gated_delta_rule(**{n: x for n, x in leaves.items() if n != "step"}, discretization=chosen).output
+    assert not output[:, 3].any()  # emptied, and nothing written in no time
+    for what, gradient in gradients([output], leaves).items():
+        assert gradient.isfinite().all(), what
+
+
 def test_zero_keys_have_gradients():
     """X = 0, where φ1's quotient is 0 / 0."""
     for scheme in FROZEN:
