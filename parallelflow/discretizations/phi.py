@@ -62,11 +62,11 @@ def _doubled(x: Tensor) -> Tensor:
     square = x @ x
     powers = (identity, x, square, square @ x)
     fourth = square @ square
-    total: Tensor | None = None
+    total = torch.zeros_like(x)
     for block in (12, 8, 4, 0):  # Σ_{n<16} Xⁿ / (n+1)! in blocks of four powers
-        part = sum(power / math.factorial(block + n + 1) for n, power in enumerate(powers))
-        total = part if total is None else part + total @ fourth
-    assert total is not None
+        total = total @ fourth
+        for n, power in enumerate(powers):
+            total = total + power / math.factorial(block + n + 1)
     growth = x @ total  # e^X - I
     for doubling in range(int(doublings.max())):
         more = (doublings > doubling)[..., None, None]
