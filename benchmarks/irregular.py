@@ -147,8 +147,7 @@ def accuracy(network: nn.Module, seed: int, drop: float | None, count: int = 102
 
 def run(model: str, rate: float, seed: int) -> dict:
     """One training and its accuracies: on validation data (all drops mixed), and on test data for each drop."""
-    start = time.perf_counter()
-    found = {"model": model, "rate": rate, "seed": seed, "diverged": False}
+    found: dict = {"model": model, "rate": rate, "seed": seed, "diverged": False}
     try:
         network = train(model, rate, seed)
     except FloatingPointError:
@@ -156,7 +155,7 @@ def run(model: str, rate: float, seed: int) -> dict:
     else:
         found["validation"] = accuracy(network, 777, None)
         found["test"] = {str(drop): accuracy(network, 888, drop, 2048) for drop in DROPS}
-    return found | {"seconds": round(time.perf_counter() - start, 1)}
+    return found
 
 
 def todo(runs: list[dict]) -> list[tuple[str, float, int]]:
@@ -184,7 +183,6 @@ def summary(runs: list[dict]) -> dict:
                 "parameters": sum(x.numel() for x in MODELS[model]().parameters()),
                 "rate": rows[0]["rate"],
                 "seeds": len(rows),
-                "seconds_a_training": round(statistics.mean(r["seconds"] for r in rows), 1),
                 "mean": {str(d): round(statistics.mean(s), 4) for d, s in scores.items()},
                 "deviation": {str(d): round(statistics.stdev(s) if len(s) > 1 else 0.0, 4) for d, s in scores.items()},
             }
