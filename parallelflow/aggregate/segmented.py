@@ -33,8 +33,8 @@ def segmented(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bool
     def back_in_place(along: Tensor | None) -> Tensor | None:
         return None if along is None else along[places]
 
-    entries, written, said = inside.entries, inside.written, inside.said
-    return Trajectory(back_in_place(entries), back_in_place(written), back_in_place(said), final)
+    parts = [back_in_place(part) for part in (inside.entries, inside.written, inside.said)]
+    return Trajectory(parts[0], parts[1], parts[2], final)
 
 
 def _flows_of_runs(recursion: Recursion, runs: Lanes, initial: Tensor, reverse: bool) -> Flow:
