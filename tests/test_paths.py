@@ -14,6 +14,7 @@ from torch import Tensor
 
 import parallelflow as pf
 from parallelflow import Discretization, DriverSource, paths
+from parallelflow.paths.adaptive import _flows, _states
 from tests.cases import assert_close
 
 F64 = torch.float64
@@ -45,6 +46,12 @@ def test_linear_is_numpys():
             there = ~values[b, :, d].isnan()
             expected = np.interp(at, times[b, there], values[b, there, d])
             assert_close(found[b, :, 1 + d], torch.from_numpy(expected), 1e-13)
+
+
+def test_the_derivative_at_a_knot_is_that_of_the_later_piece():
+    times, values = observations(dropped=0.0)
+    slopes = values.diff(dim=1) / times.diff(dim=1)[..., None]
+    assert_close(paths.linear(times, values).derivative(times[:, :-1])[..., 1:], slopes, 1e-12)
 
 
 def test_ends_that_are_missing():
@@ -420,6 +427,16 @@ def test_a_tolerance_that_cannot_be_held_raises():
         paths.refine(chirp(), relative_tolerance=0, absolute_tolerance=0)
     with pytest.raises(ValueError, match=r"query: got shape \[2, 7, 1, 4\]"):
         paths.solve(chirp(), torch.zeros(2, 7, 1, 4, dtype=F64))
+
+
+@pytest.mark.parametrize(("decay", "splitting"), [("scalar", None), ("vector", "lie"), ("vector", "strang")])
+def test_the_flows_that_errors_are_estimated_from_are_the_engines(decay, splitting):
+    driver = pf.discretize(chirp(decay=decay), Discretization("exact", splitting))
+    state = torch.randn(2, 2, 4, 3, dtype=F64)
+    query = torch.zeros(2, 8, 1, 4, dtype=F64)
+    expected = pf.integrate(driver, query, initial_state=state, return_final_state=True).final_state
+    _, after = _states(_flows(driver), state)
+    assert_close(after[:, -1], expected, 1e-12)
 
 
 def test_grids_of_a_sequence_each_and_initial_states():

@@ -142,7 +142,7 @@ def _last_observed(observed: Tensor) -> Tensor:
 def _filled_forward(values: Tensor) -> Tensor:
     observed = ~values.isnan()
     last = _last_observed(observed)
-    return torch.where(last >= 0, values.nan_to_num(0.0).gather(1, last.clamp(min=0)), 0)
+    return values.nan_to_num(0.0).gather(1, last.clamp(min=0))  # a missing first value is 0 itself
 
 
 def _filled_linearly(times: Tensor, values: Tensor) -> Tensor:
