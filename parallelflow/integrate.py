@@ -21,7 +21,15 @@ from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
-TRITON = importlib.util.find_spec("triton") is not None  # found once: looking for it breaks a compiled graph
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a hook of the import system that forbids it
+        return False
+
+
+TRITON = _is_there("triton")  # once: looking for it in a call would break a compiled graph
 BACKENDS = ("auto", "torch", "triton", "hopper")
 
 
