@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from parallelflow import torch_backend
+from parallelflow import recurrence, torch_backend
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, carry_count
 
@@ -369,6 +369,15 @@ def run(
     else:
         output, final, *_ = _Flow.apply(setting, *untied)
     return output, final
+
+
+def advance(inputs: Inputs, traits: Traits, backend: str) -> tuple[Tensor, Tensor]:
+    """Output and state after one token (T = 1): plain operations, or the CPU's kernel where nobody records them."""
+    if backend != "cpu" or torch.compiler.is_compiling() or not _nothing_to_record(inputs):
+        return recurrence.advance(inputs.stacked(), traits)
+    from parallelflow.kernels.backend import step
+
+    return step(inputs, traits)
 
 
 def _nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,25 +11,16 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
-from parallelflow.autograd import run
+from parallelflow.autograd import advance, run
 from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
+from parallelflow.kernels.backend import fastest, refusal
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
-from parallelflow.recurrence import advance
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # a hook of the import system that forbids it
-        return False
-
-
-TRITON = _is_there("triton")  # once: looking for it in a call would break a compiled graph
-BACKENDS = ("auto", "torch", "triton", "hopper")
+BACKENDS = ("auto", "torch", "cpu", "triton", "hopper")
 
 
 class Result(NamedTuple):
@@ -60,7 +50,7 @@ class Options(TypedDict, total=False):
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
     aggregate: Literal["sequential", "associative", "segmented"]
-    backend: Literal["auto", "torch", "triton", "hopper"]
+    backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
     state_positions: Sequence[int] | None
     validate: bool | None
 
@@ -99,10 +89,11 @@ def integrate(
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
         solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
-        backend: ``torch`` (anywhere), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability
-            9, 16 bits, K of 64 or 128 and V a multiple of 64), or ``auto``: ``hopper`` where it fits, else ``torch``.
-            Kernels serve one row a token, tied or only writing, with no or scalar decay, in chunks of 64 with the
-            solver ``tensor_inverse`` and the aggregate ``sequential``; forced on anything else they raise.
+        backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
+            ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
+            and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. Kernels serve one
+            row a token, tied or only writing, with no or scalar decay, with ``chunk_size``, ``solver`` and
+            ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
             the host; None checks eagerly on the CPU only.
@@ -142,39 +133,31 @@ def integrate(
         raise ValueError(
             "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
         )
+    choice = (backend, chunk_size, solver, aggregate)
+    if choice not in decided:
+        plan = Plan(int(chunk_size), solver, aggregate)
+        decided[choice] = plan, _choose(backend, inputs, traits, plan)
+    plan, tier = decided[choice]
     if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
-        output, final = advance(inputs.stacked(), traits)
+        output, final = advance(inputs, traits, tier)
     else:
-        choice = (backend, chunk_size, solver, aggregate)
-        if choice not in decided:
-            plan = Plan(int(chunk_size), solver, aggregate)
-            decided[choice] = plan, _choose(backend, inputs, traits, plan)
-        plan, tier = decided[choice]
         output, final = run(inputs, traits, plan, starts, cu_seqlens, tier)
     return Result(output, final if return_final_state else None)
 
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     """``torch``, or the tier of the kernels that runs."""
-    if backend == "torch" or (backend == "auto" and not inputs.query.is_cuda):
-        return "torch"
-    if plan != Plan(64, "tensor_inverse", "sequential"):
-        why: str | None = f"{plan}, expected chunks of 64, tensor_inverse and sequential"
-    elif not TRITON:
-        why = "no Triton, expected it installed"
-    else:
-        from parallelflow.kernels.backend import fastest, hopper_fits, refusal
-
-        why = refusal(inputs, traits)
-        if why is None and backend == "auto":
-            return fastest(inputs)
-        if why is None and backend != "triton" and not hopper_fits(inputs):
-            why = "another GPU, dtype or head size than compute capability 9, 16 bits, K of 64 or 128, V of 64, 128, …"
+    tier = fastest(inputs) if backend == "auto" else backend
+    if tier == "torch":
+        return tier
+    why: str | None = f"{plan}, expected {Plan()}"
+    if plan == Plan():
+        why = refusal(tier, inputs, traits)
+    if why is None:
+        return tier
     if backend == "auto":
         return "torch"
-    if why is not None:
-        raise ValueError(f"backend: got {backend!r} with {why}")
-    return backend
+    raise ValueError(f"backend: got {backend!r} with {why}")
 
 
 def _sequence_starts(

@@ -36,7 +36,7 @@ def _single(model: Callable[..., Any]) -> Callable[..., Result]:
                 known = sorted({*_OPTIONS, "state"})
                 raise TypeError(f"{name}: unknown option{nearest(name, known)}; the options are {', '.join(known)}")
         timed = {name: _with_time(value) if name in names else value for name, value in keywords.items()}
-        result = model(*map(_with_time, tensors), initial_state=state, return_final_state=True, chunk_size=1, **timed)
+        result = model(*map(_with_time, tensors), initial_state=state, return_final_state=True, **timed)
         return Result(result.output.squeeze(1), result.final_state)
 
     step.__doc__ = (

@@ -30,9 +30,9 @@ GROWTH = 24.0  # of ‖T‖ beyond which a chunk is solved in the widest dtype: 
 class Plan:
     """The independent choices, by name: how time is cut, chunks are solved, and chunks are joined."""
 
-    chunk_size: int
-    solver: str
-    aggregate: str
+    chunk_size: int = 64
+    solver: str = "tensor_inverse"
+    aggregate: str = "sequential"
 
     def window_tokens(self, value_heads: int, time: int) -> int:
         """Tokens a window: never a matter of the batch. Flows are composed over the whole line at once."""

@@ -6,26 +6,64 @@ A kernel serves rows, not models: here one row a token, no or scalar decay, read
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallelflow.kernels import delta
+from parallelflow.kernels.cpu import build
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 512
 
 
-def refusal(inputs: Inputs, traits: Traits) -> str | None:
-    """Why the kernels cannot take this problem; None where they can."""
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a hook of the import system that forbids it
+        return False
+
+
+TRITON = _is_there("triton")  # once: looking for it in a call would break a compiled graph
+
+
+def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
+    """Why a tier of the kernels cannot take this problem; None where it can."""
+    return _elsewhere(tier, inputs) or _unserved(inputs, traits)
+
+
+def _elsewhere(tier: str, inputs: Inputs) -> str | None:
+    """Why a tier does not run on this machine, or on these tensors' device."""
+    device = inputs.query.device
+    if tier == "cpu":
+        if device.type != "cpu":
+            return f"tensors on {device}, expected the CPU"
+        return None if _compiled() else "no compiled library here, expected a C++ compiler on Linux"
+    if not TRITON:
+        return "no Triton, expected it installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {device}, expected a CUDA device"
+    if tier == "hopper" and not hopper_fits(inputs):
+        return "another GPU, dtype or head size than compute capability 9, 16 bits, K of 64 or 128, V of 64, 128, …"
+    return None
+
+
+def _compiled() -> bool:
+    """Whether the CPU's kernels are there; while a graph is traced, whether there is what makes them."""
+    return build.COMPILER is not None and (torch.compiler.is_compiling() or build.usable())
+
+
+def _unserved(inputs: Inputs, traits: Traits) -> str | None:
+    """Why these rows are not among those that the kernels serve."""
     sizes, query = sizes_of(inputs), inputs.query
-    if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors on {query.device}, expected a CUDA device"
     if query.dtype not in SUPPORTED or sizes.compute_dtype != torch.float32:
         return f"dtype {query.dtype} computed in {sizes.compute_dtype}, expected 16 or 32 bits throughout"
-    if max(sizes.key_dim, sizes.value_dim) > delta.LARGEST_HEAD:
-        return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {delta.LARGEST_HEAD}"
+    if max(sizes.key_dim, sizes.value_dim) > LARGEST_HEAD:
+        return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {LARGEST_HEAD}"
     if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
         return "a decay a key channel, expected none or one a head"
     if traits.raw:
@@ -50,6 +88,7 @@ def hopper_fits(inputs: Inputs) -> bool:
         return False
     if torch.cuda.get_device_capability(inputs.query.device)[0] != 9:
         return False
+    from parallelflow.kernels import delta
     from parallelflow.kernels.hopper import scan
 
     _, value, _ = _factors(inputs)
@@ -57,27 +96,44 @@ def hopper_fits(inputs: Inputs) -> bool:
 
 
 def fastest(inputs: Inputs) -> str:
-    """The fastest backend for a problem on a GPU that the kernels can take (``refusal``).
+    """The fastest backend where these tensors are.
 
-    Hopper's tier where it fits; else the portable one, which was faster than the torch backend at every shape
-    measured, where it was tried: on NVIDIA GPUs with TF32 tensor cores.
+    On a CPU the compiled kernels, where they can be compiled. On a GPU Hopper's tier where it fits; else the portable
+    one, which was faster than the torch backend at every shape measured, where it was tried: on NVIDIA GPUs with TF32
+    tensor cores.
     """
+    device = inputs.query.device
+    if not inputs.query.numel():
+        return "torch"
+    if device.type == "cpu":
+        return "cpu" if _compiled() else "torch"
+    if device.type != "cuda" or not TRITON:
+        return "torch"
     if hopper_fits(inputs):
         return "hopper"
-    tried = torch.version.hip is None and torch.cuda.get_device_capability(inputs.query.device) >= (8, 0)
-    return "triton" if tried and inputs.query.numel() else "torch"
+    tried = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "triton" if tried else "torch"
 
 
 def forward(
     inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
-    output, final, saved = delta.forward(
+    output, final, saved = _kernels(tier).forward(
         *_arguments(inputs), **_options(inputs, traits, sequence_starts, tier), need_final_state=True,
         save_for_backward=keep,
     )  # fmt: skip
     assert final is not None
     return output, final, saved
+
+
+def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
+    """One token (T = 1) on a CPU: output and state."""
+    from parallelflow.kernels.cpu import delta
+
+    options = _options(inputs, traits, None, "cpu")
+    del options["sequence_starts"]
+    return delta.step(*_arguments(inputs), **options)
 
 
 def backward(
@@ -91,7 +147,7 @@ def backward(
 ) -> Inputs:
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     options = _options(inputs, traits, sequence_starts, tier)
-    found = delta.backward(
+    found = _kernels(tier).backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
@@ -101,6 +157,11 @@ def backward(
     else:
         gradients = gradients._replace(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient)
     return gradients if inputs.single else gradients.stacked()
+
+
+def _kernels(tier: str) -> Any:
+    """The module that has a tier's forward and backward."""
+    return importlib.import_module(f"parallelflow.kernels.{'cpu.delta' if tier == 'cpu' else 'delta'}")
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -120,10 +181,10 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, T
 
 
 def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
-    return {
+    options = {
         "tied": bool(traits.positions),
         "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
         "sequence_starts": None if sequence_starts is None else tuple(sequence_starts),
-        "tier": tier,
     }
+    return options if tier == "cpu" else options | {"tier": tier}
