@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -132,8 +133,24 @@ STRUCTURES: tuple[Model, ...] = tuple(
 """One model of each structure (decay, reads, order, ties, kinds of rows), where all of them would cost minutes."""
 
 
+COMPILED = (
+    "linear_attention", "retention", "lightning_attention", "ssd", "delta_rule", "gated_delta_rule", "longhorn", "efla",
+)  # fmt: skip
+"""The functions that the compiled kernels serve: ``auto`` takes those, where there is a compiler."""
+
+
 def by_name(model: Model) -> str:
     return model.name
+
+
+def backends_of(model: Model) -> tuple[str, ...]:
+    """``auto``, and the torch backend where that is another one."""
+    return ("auto", "torch") if model.function in COMPILED else ("auto",)
+
+
+def with_backends(models: Sequence[Model]) -> list[Any]:
+    """Each model on each of its backends."""
+    return [pytest.param(model, each, id=f"{model.name}-{each}") for model in models for each in backends_of(model)]
 
 
 def require_grad(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

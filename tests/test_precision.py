@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallelflow.testing import FLOOR, Sizes, error_budget, relative_error, round_inputs
-from tests.cases import AGGREGATES, MODELS, SOLVERS, STRUCTURES, by_name, gradients, require_grad
+from tests.cases import AGGREGATES, MODELS, SOLVERS, STRUCTURES, by_name, gradients, require_grad, with_backends
 
 SIZES = Sizes(batch=1, length=150, heads=1, value_heads=2, key_size=24, value_size=16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,13 +35,13 @@ def recurrence_of(model):
 
 @pytest.mark.parametrize("keep", [(), ("beta", "log_decay")], ids=["all", "float32-gates"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_within_the_budget(model, dtype, keep):
+@pytest.mark.parametrize(("model", "backend"), with_backends(MODELS))
+def test_within_the_budget(model, backend, dtype, keep):
     inputs = data(model, dtype)
     if keep and (dtype == torch.float32 or not set(keep) & set(inputs)):
         pytest.skip("the same as without float32 gates")
     budget = error_budget(recurrence_of(model), inputs, dtype, keep=keep)
-    result = model(round_inputs(inputs, dtype, keep=keep), return_final_state=True)
+    result = model(round_inputs(inputs, dtype, keep=keep), return_final_state=True, backend=backend)
     assert result.output.dtype == dtype
     assert result.final_state.dtype == torch.float32
     check((result.output, result.final_state), budget, ("output", "final state"))
@@ -76,8 +76,8 @@ def test_every_choice_within_the_budget(solver, aggregate):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
-def test_gradients_within_the_budget(model, dtype):
+@pytest.mark.parametrize(("model", "backend"), with_backends(STRUCTURES))
+def test_gradients_within_the_budget(model, backend, dtype):
     """The budget of a gradient: the recurrence's gradient at rounded inputs and rounded upstream gradient, rounded.
 
     Over several draws together: some gradients are two numbers, whose error on one draw is a matter of luck.
@@ -101,7 +101,7 @@ def test_gradients_within_the_budget(model, dtype):
         working = torch.float32 if dtype == torch.float32 else torch.float64
         alone = recurrence(rounded, working, upstream.to(dtype))
         leaves = require_grad(rounded)
-        actual = torch.autograd.grad(model(leaves).output, list(leaves.values()), upstream.to(dtype))
+        actual = torch.autograd.grad(model(leaves, backend=backend).output, list(leaves.values()), upstream.to(dtype))
         for name, got, wanted, unavoidable in zip(inputs, actual, reference, alone, strict=True):
             assert got.dtype == dtype
             own = relative_error(got, wanted), relative_error(unavoidable.to(dtype), wanted)

@@ -16,6 +16,9 @@ static inline Left transposed(const float* at, long row) { return {at, 1, row}; 
 // LOWER_RESULT: only C[i, j] with j <= i is wanted (what stands beyond may be overwritten).
 enum Form { FULL, LOWER, UPPER, LOWER_RESULT };
 
+// Products added one after another before they join the sum: the rounding grows with the longest run.
+constexpr int RUN = 128;
+
 template <int R, int N>
 static inline void tile(int begin, int end, Left a, const float* b, long b_row, float* c, long c_row, float keep,
                         bool add) {
@@ -23,7 +26,7 @@ static inline void tile(int begin, int end, Left a, const float* b, long b_row, 
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int n = 0; n < N; n++) sums[r][n] = add ? keep * load(c + r * c_row + n * LANES) : Floats{};
+        for (int n = 0; n < N; n++) sums[r][n] = Floats{};
     const float* right = b + begin * b_row;
     const float* left = a.at + begin * a.column;
     for (int k = begin; k < end; k++, right += b_row, left += a.column) {
@@ -40,7 +43,10 @@ static inline void tile(int begin, int end, Left a, const float* b, long b_row, 
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int n = 0; n < N; n++) store(c + r * c_row + n * LANES, sums[r][n]);
+        for (int n = 0; n < N; n++) {
+            float* to = c + r * c_row + n * LANES;
+            store(to, add ? keep * load(to) + sums[r][n] : sums[r][n]);
+        }
 }
 
 template <int R>
@@ -70,8 +76,11 @@ static void product(int rows, int columns, int depth, Left a, const float* b, lo
             const int begin = form == UPPER ? i : 0;
             const int end = form == LOWER ? (i + count < depth ? i + count : depth) : depth;
             const Left part{a.at + i * a.row, a.row, a.column};
-            some_rows<TILE_ROWS>(count, (wide - j) / LANES, begin, end, part, b + j, b_row, c + i * c_row + j, c_row,
-                                 keep, add);
+            for (int first = begin; first == begin || first < end; first += RUN) {
+                const int last = end - first < RUN ? end : first + RUN;
+                some_rows<TILE_ROWS>(count, (wide - j) / LANES, first, last, part, b + j, b_row, c + i * c_row + j,
+                                     c_row, first == begin ? keep : 1, add || first > begin);
+            }
         }
     }
 }
