@@ -1,6 +1,7 @@
 """State tracking and recall: sequences drawn at random, with labels that are exact.
 
-``make_task(name)`` gives a ``Task``; ``task.draw(count, length, generator)`` gives tokens and labels ``[count, length]``.
+``make_task(name)`` gives a ``Task``; ``task.draw(count, length, generator)`` gives tokens and labels
+``[count, length]``.
 """
 
 from parallelflow.tasks.base import IGNORED, Task

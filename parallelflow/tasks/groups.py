@@ -12,7 +12,7 @@ Permutation = tuple[int, ...]
 
 
 class Group(NamedTuple):
-    """``elements``, the identity first; ``product [n, n]``: ``product[a, b]`` is the number of a ∘ b, first b, then a."""
+    """``elements``, the identity first; ``product[a, b]``: the number of a ∘ b, first b, then a."""
 
     elements: tuple[Permutation, ...]
     product: Tensor

@@ -39,8 +39,8 @@ class ModularArithmetic(Task):
     """``((x_1 ∘ x_2) ∘ x_3) …`` modulo m, operators + - × and digits in turn; asked after every digit.
 
     Tokens 0 … m - 1 are digits, m, m + 1, m + 2 the operators; operations are made from left to right, without
-    precedence or brackets. Source: the task "modular arithmetic" of Delétang et al. 2023, *Neural Networks and the Chomsky
-    Hierarchy*, arXiv 2207.02098; theirs gives × precedence, and asks once, at the end.
+    precedence or brackets. Source: the task "modular arithmetic" of Delétang et al. 2023, *Neural Networks and the
+    Chomsky Hierarchy*, arXiv 2207.02098; theirs gives × precedence, and asks once, at the end.
     """
 
     def __init__(self, modulus: int = 5) -> None:
