@@ -4,9 +4,9 @@
     python -m benchmarks.state_tracking --tasks parity S3 --layers delta_net --seeds 2 --steps 300
     python -m benchmarks.state_tracking --seconds 25 --workers 14        # a run ends its schedule after 25 s at most
 
-A model is an embedding, blocks of one layer each with its MLP, a norm and a head. It sees sequences of 3 to 40 tokens and
-is tested on 40 and on 256 (recall: on the lengths 48 and 96, which it was trained up to the first of). Warm-up, then a
-linear fall of the learning rate, by steps or by time, whichever ends first: ``steps`` in the results is what was done.
+A model is an embedding, blocks of one layer each with its MLP, a norm and a head. It sees sequences of 3 to 40 tokens
+and is tested on 40 and on 256 (recall: 3 to 48, and 48 and 96). Warm-up, then a linear fall
+of the learning rate, by steps or by time, whichever ends first: ``steps`` in the results is what was done.
 Models may run side by side; each is a process's own and does not depend on the others but for how many steps fit.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import queue
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallelflow.nn import Block, make_layer
+from parallelflow.nn import Block, layer_options, make_layer
 from parallelflow.tasks import IGNORED, TASKS, Task, make_task
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "state_tracking.json"
@@ -60,9 +61,11 @@ class Tracker(nn.Module):
     def __init__(self, layer: str, options: dict[str, Any], task: Task, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(task.vocabulary, width)
+        known, sizes = layer_options(layer), {"num_heads": heads}
+        if "num_heads" not in known:  # RWKV-7, and Mamba-2, whose inner width is expand · width
+            sizes = {"head_dim": width // heads * (2 if layer == "mamba2" else 1)}
         self.blocks = nn.ModuleList(
-            Block(make_layer(layer, width, num_heads=heads, **options), intermediate_size=2 * width)
-            for _ in range(depth)
+            Block(make_layer(layer, width, **sizes, **options), intermediate_size=2 * width) for _ in range(depth)
         )
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, task.classes)
 
@@ -125,7 +128,7 @@ def accuracy(model: nn.Module, task: Task, length: int, count: int = 256) -> flo
     device = next(model.parameters()).device
     tokens, labels = (x.to(device) for x in task.draw(count, length, torch.Generator().manual_seed(2**40)))
     asked = labels != IGNORED
-    return (model(tokens).argmax(-1) == labels)[asked].float().mean().item()
+    return (torch.cat([model(part).argmax(-1) for part in tokens.split(32)]) == labels)[asked].float().mean().item()
 
 
 def work(jobs: Any, results: Any, settings: dict[str, Any]) -> None:
@@ -148,7 +151,13 @@ def run(jobs: list[tuple[str, str, int]], settings: dict[str, Any], workers: int
         process.start()
     runs: list[dict[str, Any]] = []
     for _ in jobs:
-        runs.append(results.get())
+        while True:
+            try:
+                runs.append(results.get(timeout=5))
+                break
+            except queue.Empty:
+                if any(process.exitcode for process in processes) and results.empty():
+                    raise RuntimeError(f"a training ended its process; what was found so far is in {file}") from None
         print(json.dumps(runs[-1]), flush=True)
         content = {"machine": machine(settings["device"]), "settings": settings, "published": PUBLISHED, "runs": runs}
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
