@@ -42,7 +42,8 @@ def generate(
         typer.echo(f"parallelflow generate: {error}", err=True)
         raise typer.Exit(2) from None
     disable_progress_bar()
-    model = ParallelFlowForCausalLM.from_pretrained(found.folder).to(place).eval()
+    model = ParallelFlowForCausalLM.from_pretrained(found.folder).eval()
+    torch.nn.Module.to(model, place)
     say = vocabulary.decoder()
     typer.echo(prompt, nl=False)
     for token in continued(model, torch.tensor([start], device=place), tokens, temperature, seed):

@@ -39,7 +39,7 @@ def train(
         if tokenizer is not None and tokenizer.resolve() != (output / "tokenizer.json").resolve():
             shutil.copyfile(tokenizer, output / "tokenizer.json")
         parts = f"{len(text.files)} file{'s' if len(text.files) > 1 else ''}"
-        console.print(f"{text.count:,} tokens in {parts}, vocabulary {tokens.size:,}, on {place}")
+        console.print(f"{text.total:,} tokens in {parts}, vocabulary {tokens.size:,}, on {place}")
         with Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

@@ -53,7 +53,8 @@ def train(
         found = checkpoint.latest(checkpoints, warn)
         _expect_same(found, recipe, text)
     torch.manual_seed(recipe.seed)
-    model = ParallelFlowForCausalLM(recipe.configuration(text.tokens.size)).to(device)
+    model = ParallelFlowForCausalLM(recipe.configuration(text.tokens.size))
+    torch.nn.Module.to(model, device)
     optimizer = _optimizer(model, recipe)
     done = 0
     if found is not None:

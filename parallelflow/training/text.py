@@ -26,7 +26,7 @@ class Text(NamedTuple):
     tokens: Tokens
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.ends[-1]
 
     def read(self, start: int, count: int) -> Tensor:
@@ -47,8 +47,8 @@ class Text(NamedTuple):
     def batch(self, recipe: Recipe, stream: int, held_out: bool = False) -> Tensor:
         """Random windows ``[batch, length + 1]``. They depend on the seed and on ``stream`` alone, so that a training
         that goes on sees what it would have seen."""
-        cut = int(self.count * (1 - recipe.held_out))
-        first, last = (cut, self.count) if held_out else (0, cut)
+        cut = int(self.total * (1 - recipe.held_out))
+        first, last = (cut, self.total) if held_out else (0, cut)
         generator = torch.Generator().manual_seed((recipe.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
         starts = torch.randint(first, last - recipe.length, (recipe.batch,), generator=generator)
         return torch.stack([self.read(start, recipe.length + 1) for start in starts.tolist()])

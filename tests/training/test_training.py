@@ -194,7 +194,7 @@ def test_the_schedule():
 def test_files_are_read_as_one(data, tmp_path):
     text = open_text(data, Bytes(), recipe(), tmp_path)
     whole = b"".join((data / name).read_bytes() for name in ("a.txt", "below/b.bin", "c"))
-    assert text.count == len(whole)
+    assert text.total == len(whole)
     for start, count in ((0, 10), (950, 40), (0, len(whole)), (len(whole) - 3, 3), (959, 2)):
         assert bytes(text.read(start, count).tolist()) == whole[start : start + count]
     held_out = text.batch(recipe(), 3, held_out=True)
@@ -249,7 +249,7 @@ def test_tokens_of_a_tokenizer_file(tmp_path, data, tokenizer):
     tokens = Tokenizer(tokenizer)
     text = open_text(data / "a.txt", tokens, recipe(), tmp_path / "tokens")
     expected = tokens.encode((data / "a.txt").read_text())
-    assert text.read(0, text.count).tolist() == expected
+    assert text.read(0, text.total).tolist() == expected
     assert max(expected) >= 256 or len(expected) < 960
     say = tokens.decoder()
     assert "".join(say(token) for token in tokens.encode("a row é 漢")) == "a row é 漢"
