@@ -71,8 +71,12 @@ class Tracker(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
+        shared: dict[str, Tensor] = {}
         for block in self.blocks:
-            hidden = block(hidden).output
+            mixed = block(hidden, **shared)
+            hidden = mixed.output
+            if hasattr(mixed, "first_value"):  # RWKV-7's later layers mix the first one's values in
+                shared = {"first_value": mixed.first_value}
         return self.head(self.norm(hidden))
 
 
@@ -170,6 +174,16 @@ def machine(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
+LEAST_STEPS = 100
+"""Fewer are no training: they are in the results, and blank in table and plot."""
+
+
+def counted(content: dict[str, Any], layer: str, task: str, key: str) -> list[float]:
+    """The accuracies over seeds of what was trained at all."""
+    own = (run for run in content["runs"] if (run["layer"], run["task"]) == (layer, task))
+    return [run[key] for run in own if run.get("steps", 0) >= LEAST_STEPS and key in run]
+
+
 def table(content: dict[str, Any], key: str = "longer") -> str:
     """Mean accuracy in % over seeds, and its range, in Markdown."""
     tasks = [name for name in TASKS if any(run["task"] == name for run in content["runs"])]
@@ -177,7 +191,7 @@ def table(content: dict[str, Any], key: str = "longer") -> str:
     for layer in LAYERS:
         cells = []
         for task in tasks:
-            own = [100 * r[key] for r in content["runs"] if r["layer"] == layer and r["task"] == task and key in r]
+            own = [100 * share for share in counted(content, layer, task, key)]
             spread = f" ({min(own):.0f}–{max(own):.0f})" if len(own) > 1 else ""
             cells.append(f"{statistics.mean(own):.0f}{spread}" if own else "")
         if any(cells):
@@ -197,19 +211,16 @@ def plot(content: dict[str, Any], file: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     means = [
-        [
-            statistics.mean(
-                [r["longer"] for r in content["runs"] if (r["layer"], r["task"]) == (layer, task) and "longer" in r]
-                or [float("nan")]
-            )
-            for task in tasks
-        ]
+        [statistics.mean(counted(content, layer, task, "longer") or [float("nan")]) for task in tasks]
         for layer in layers
     ]
     axes.imshow(means, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     for row, column in itertools.product(range(len(layers)), range(len(tasks))):
         shade = "black" if means[row][column] > 0.6 else "white"
-        axes.text(column, row, f"{100 * means[row][column]:.0f}", ha="center", va="center", color=shade)
+        known = means[row][column] == means[row][column]
+        axes.text(
+            column, row, f"{100 * means[row][column]:.0f}" if known else "", ha="center", va="center", color=shade
+        )
     axes.set_xticks(range(len(tasks)), tasks, rotation=20)
     axes.set_yticks(range(len(layers)), layers)
     axes.set_title("right answers in %, on sequences longer than any that was trained", fontsize=10)
