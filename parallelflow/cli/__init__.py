@@ -14,6 +14,7 @@ except ModuleNotFoundError as missing:
 
 from parallelflow.cli.demo.command import demo
 from parallelflow.cli.doctor import doctor
+from parallelflow.cli.reproduce.command import reproduce
 
 app = typer.Typer(
     name="parallelflow",
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(reproduce)
 app.command()(doctor)
 
 
