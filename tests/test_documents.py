@@ -31,12 +31,14 @@ def test_the_code_of_the_readme_runs():
     assert names["output"].shape == names["value"].shape
 
 
-@pytest.mark.parametrize("page", ["layers.md", "discretizations.md", "continuous_time.md"])
+@pytest.mark.parametrize(
+    "page", ["layers.md", "discretizations.md", "continuous_time.md", "training.md", "state_tracking.md"]
+)
 def test_the_code_of_a_page_runs(page):
     run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
 
 
-@pytest.mark.parametrize("example", ["quickstart.py", "hf_generate.py"])
+@pytest.mark.parametrize("example", ["quickstart.py", "train_lm.py", "hf_generate.py"])
 def test_an_example_runs(example):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / example)],

@@ -27,6 +27,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("step", "paths"),
     ("nn",),
     ("models",),
+    ("training", "tasks"),
     ("compat", "cli"),
 )
 """flow <- drivers <- discretizations <- system <- aggregate <- kernels <- integrate <- functional <- nn <- models
@@ -105,7 +106,11 @@ def test_imports_go_down_the_ladder(path):
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_kernels_name_triton(path):
     """Only the kernels import triton; nothing below the command line needs more than torch."""
-    optional = {"cli": {"typer", "rich", "matplotlib", "numpy"}, "models": {"transformers", "safetensors"}}
+    optional = {
+        "cli": {"typer", "rich", "matplotlib", "numpy", "transformers"},
+        "models": {"transformers", "safetensors"},
+    }
+    optional |= {"training": {"safetensors", "tokenizers", "yaml"}}
     optional |= {"compat": {"transformers", "safetensors", "fla"}, "kernels": {"triton"}}
     own = part(module_name(path))
     for module, line, typing_only in imports(path):

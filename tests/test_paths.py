@@ -14,6 +14,7 @@ from torch import Tensor
 
 import parallelflow as pf
 from parallelflow import Discretization, DriverSource, paths
+from parallelflow.paths import adaptive
 from parallelflow.paths.adaptive import _flows, _states
 from tests.cases import assert_close
 
@@ -390,6 +391,21 @@ def test_steps_go_where_they_are_needed():
         inside = ((grid > 0.25) & (grid < 0.35)).float().mean()
         assert inside > 0.3, inside
     assert 2 < counts[1] / counts[0] < 10, counts  # order 4 would take √10 times as many, order 2 ten times
+
+
+def test_good_steps_do_not_excuse_what_has_come_of_them(monkeypatch):
+    """The steps' own errors may all be allowed and their sum not: here what comes of them is made 1000 times worse."""
+    errors, seen = adaptive._errors, []
+
+    def amplified(*arguments):
+        own, total = errors(*arguments)
+        seen.append((own.max().item(), 1000 * total.max().item()))
+        return own, 1000 * total
+
+    monkeypatch.setattr(adaptive, "_errors", amplified)
+    refinement = paths.refine(chirp(batch=1), relative_tolerance=1e-3, absolute_tolerance=0.0)
+    assert any(own <= 1 < total for own, total in seen), "no round had good steps and a bad sum"
+    assert refinement.error == seen[-1][1] <= 1
 
 
 @pytest.mark.parametrize("chosen", ["exact", Discretization("exact", "strang"), "cayley"])

@@ -12,9 +12,12 @@ except ModuleNotFoundError as missing:
         "Install the extra: pip install 'parallelflow[cli]'"
     ) from None
 
+from parallelflow.cli.bench import bench
 from parallelflow.cli.demo.command import demo
 from parallelflow.cli.doctor import doctor
+from parallelflow.cli.generate import generate
 from parallelflow.cli.reproduce.command import reproduce
+from parallelflow.cli.train import train
 
 app = typer.Typer(
     name="parallelflow",
@@ -27,6 +30,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(reproduce)
 app.command()(doctor)
+app.command()(bench)
+app.command()(train)
+app.command()(generate)
 
 
 @app.callback()

@@ -22,7 +22,7 @@ OPTIONAL = {
 
 
 def doctor() -> None:
-    """What this machine can run: versions, devices, and a short check of the engine against a recurrence.
+    """What this machine can run: versions, devices, a check of the engine against a recurrence, every model's backend.
 
     Exits with 1 when the engine does not give the recurrence's numbers here.
     """
@@ -42,8 +42,31 @@ def doctor() -> None:
         verdict = "[green]passed[/green]" if passed else "[red]failed[/red]"
         table.add_row(name, f"{verdict}  [dim]{finding}[/dim]")
     console.print(table)
+    console.print(_backends())
     if not all(passed for _, (passed, _) in checks):
         raise typer.Exit(1)
+
+
+def _backends() -> Table:
+    """Which backend every model takes on this machine, in 16 bits on a GPU and 32 on a CPU, and why no faster one."""
+    from parallelflow.cli.backends import backend_of, refusal_of, tiers
+    from parallelflow.cli.demo.inputs import Sizes, draw_inputs
+    from parallelflow.cli.demo.recurrences import MODELS
+
+    gpu = torch.cuda.is_available()
+    place, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("model", "backend", "why no faster one"):
+        table.add_column(heading)
+    for model in MODELS:
+        name = model.__name__
+        drawn = draw_inputs(name, Sizes(batch=1, length=64, heads=2, key_size=64, value_size=64), dtype)
+        inputs = {key: tensor.to(place) for key, tensor in drawn.items()}
+        chosen = backend_of(name, inputs)
+        faster = list(tiers(place))
+        faster = faster[: faster.index(chosen)] if chosen in faster else faster
+        table.add_row(name, chosen, "; ".join(f"{each}: {refusal_of(name, each, inputs)}" for each in faster))
+    return table
 
 
 def _installed(package: str) -> str | None:
