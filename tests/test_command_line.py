@@ -33,8 +33,8 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [((), "demo"), (("demo",), "--data"), (("doctor",), "recurrence")],
-    ids=["parallelflow", "demo", "doctor"],
+    [((), "demo"), (("demo",), "--data"), (("doctor",), "recurrence"), (("reproduce",), "--quick")],
+    ids=["parallelflow", "demo", "doctor", "reproduce"],
 )
 def test_help(arguments, expected):
     code, text = invoke(*arguments, "--help")

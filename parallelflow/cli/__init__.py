@@ -16,6 +16,7 @@ from parallelflow.cli.bench import bench
 from parallelflow.cli.demo.command import demo
 from parallelflow.cli.doctor import doctor
 from parallelflow.cli.generate import generate
+from parallelflow.cli.reproduce.command import reproduce
 from parallelflow.cli.train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(reproduce)
 app.command()(doctor)
 app.command()(bench)
 app.command()(train)

@@ -1,0 +1,1 @@
+"""`parallelflow reproduce`: every claim of the paper, measured. One file a part."""
