@@ -75,6 +75,8 @@ def test_the_map_is_of_this_code():
         "docs/layers.md",
         "docs/discretizations.md",
         "docs/continuous_time.md",
+        "docs/theory.md",
+        "docs/results/reproduce/report.md",
     ],
 )
 def test_links_lead_somewhere(document):
