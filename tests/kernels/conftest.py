@@ -1,7 +1,8 @@
 """Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are defined.
 
-Three gaps of the interpreter of Triton 3.6 are filled here: it counts loops in a way that NumPy 2.4 refuses, it
-multiplies the bit patterns of bfloat16 numbers, and it cuts off where a GPU rounds to the nearest bfloat16.
+Four gaps of the interpreter of Triton 3.6 are filled here: it counts loops in a way that NumPy 2.4 refuses, it
+multiplies the bit patterns of bfloat16 numbers, it cuts off where a GPU rounds to the nearest bfloat16, and what it
+changes in ``triton.language`` for a function that a kernel calls stays changed, which later breaks compilations.
 """
 
 import os
@@ -45,7 +46,17 @@ def _mend_interpreter() -> None:
             return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
         return cast(self, source, dtype)
 
+    call = interpreter.InterpretedFunction.__call__
+
+    def restoring_call(self, *args, **kwargs):
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            scope.restore()
+
     interpreter._patch_lang_tensor = patched_tensor
+    interpreter.InterpretedFunction.__call__ = restoring_call
     interpreter.InterpreterBuilder.create_dot = patched_dot
     interpreter.InterpreterBuilder.cast_impl = patched_cast
     for name in ("create_fp_ext", "create_fp_trunc"):
