@@ -16,7 +16,6 @@ import argparse
 import importlib.metadata
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -188,9 +187,15 @@ def peak(library: str, shape: Shape) -> float:
     small = gated_delta_inputs(Shape(1, 128, 1, 1, 16, 16), torch.float32)
     calls(library, small)[1]()  # libraries loaded, threads started
     both = calls(library, gated_delta_inputs(shape, torch.float32))[1]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_memory()
     both()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return highest_memory() - before
+
+
+def highest_memory() -> float:
+    """MiB that this program held at most. Not getrusage's number, which begins with that of the program's parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def drivers(rounds: int) -> list[report.Row]:
