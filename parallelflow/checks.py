@@ -79,6 +79,12 @@ def expect_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {known}{nearest(value, choices)}")
 
 
+def expect_flag(name: str, value: object) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
 def nearest(word: object, choices: Iterable[str]) -> str:
     """'; did you mean …?' where one of the choices is close, else nothing."""
     close = difflib.get_close_matches(str(word), list(choices), n=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, run
-from parallelflow.checks import expect_choice, expect_number, expect_positive_integer, expect_tensor, show
+from parallelflow.checks import expect_choice, expect_flag, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.kernels.backend import fastest, refusal
@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
     aggregate: Literal["sequential", "associative", "segmented"]
     backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
+    batch_invariant: bool
     state_positions: Sequence[int] | None
     validate: bool | None
 
@@ -69,6 +70,7 @@ def integrate(
     solver: str = "tensor_inverse",
     aggregate: str = "sequential",
     backend: str = "auto",
+    batch_invariant: bool = True,
     state_positions: Sequence[int] | None = None,
     validate: bool | None = None,
 ) -> Result | ResultWithStates:
@@ -94,6 +96,9 @@ def integrate(
             and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. Kernels serve one
             row a token, tied or only writing, with no or scalar decay, with ``chunk_size``, ``solver`` and
             ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise.
+        batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
+            cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
+            nothing to gain, and their results do not change.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
             the host; None checks eagerly on the CPU only.
@@ -119,11 +124,12 @@ def integrate(
     expect_choice("solver", solver, SOLVERS)
     expect_choice("aggregate", aggregate, AGGREGATES)
     expect_choice("backend", backend, BACKENDS)
+    expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
         return _with_states(
             driver, query, state_positions, cu_seqlens, cu_seqlens_cpu, initial_state, return_final_state,
             {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend,
-             "validate": validate},
+             "batch_invariant": batch_invariant, "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
     inputs, traits, decided = canonical(driver, query, initial_state, scale)
@@ -141,7 +147,7 @@ def integrate(
     if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
         output, final = advance(inputs, traits, tier)
     else:
-        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier)
+        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant)
     return Result(output, final if return_final_state else None)
 
 

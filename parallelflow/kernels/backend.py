@@ -88,11 +88,11 @@ def hopper_fits(inputs: Inputs) -> bool:
         return False
     if torch.cuda.get_device_capability(inputs.query.device)[0] != 9:
         return False
-    from parallelflow.kernels import delta
+    from parallelflow.kernels import schedule
     from parallelflow.kernels.hopper import scan
 
     _, value, _ = _factors(inputs)
-    return scan.fits(inputs.query, value, delta.chunks_of(inputs.query, value, None, None))
+    return scan.fits(inputs.query, value, schedule.chunks_of(inputs.query, value, None, None))
 
 
 def fastest(inputs: Inputs) -> str:
@@ -116,13 +116,18 @@ def fastest(inputs: Inputs) -> str:
 
 
 def forward(
-    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool
+    inputs: Inputs,
+    traits: Traits,
+    sequence_starts: list[int] | None,
+    tier: str,
+    keep: bool,
+    batch_invariant: bool = True,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
+    options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     output, final, saved = _kernels(tier).forward(
-        *_arguments(inputs), **_options(inputs, traits, sequence_starts, tier), need_final_state=True,
-        save_for_backward=keep,
-    )  # fmt: skip
+        *_arguments(inputs), **options, need_final_state=True, save_for_backward=keep
+    )
     assert final is not None
     return output, final, saved
 
@@ -144,9 +149,10 @@ def backward(
     saved: list[Tensor],
     d_output: Tensor,
     d_final: Tensor | None,
+    batch_invariant: bool = True,
 ) -> Inputs:
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
-    options = _options(inputs, traits, sequence_starts, tier)
+    options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels(tier).backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
@@ -180,11 +186,13 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, T
     return inputs.query, *_factors(inputs), inputs.log_decay
 
 
-def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
+def _options(
+    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, batch_invariant: bool = True
+) -> dict:
     options = {
         "tied": bool(traits.positions),
         "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
         "sequence_starts": None if sequence_starts is None else tuple(sequence_starts),
     }
-    return options if tier == "cpu" else options | {"tier": tier}
+    return options if tier == "cpu" else options | {"tier": tier, "batch_invariant": batch_invariant}

@@ -20,6 +20,7 @@ class Chunks(NamedTuple):
     size: tokens in a chunk (C).  count: number of chunks (M).  sequences: number of sequences (N).
     time: tokens of one sequence, of all when packed (T).  per_sequence: ceil(T / C), unused when packed.
     table: int32 [M, 2], first token and number of tokens of each chunk (0 for the chunks that are only spare), or None.
+    (segments.py makes layouts without a table, for the scans, which do not look at it.)
     cu_seqlens: int32 [N + 1], first token of each sequence, or None.
     offsets: int32 [N + 1], first chunk of each sequence, or None.
     """
@@ -35,7 +36,7 @@ class Chunks(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        return self.table is not None
+        return self.cu_seqlens is not None
 
 
 @lru_cache(maxsize=4096)
@@ -68,6 +69,25 @@ def packed_chunks(cu_seqlens: Tensor, time: int, size: int, cu_seqlens_host: Ten
     return Chunks(size, count, sequences, time, 0, table, cu_seqlens, offsets)
 
 
+def to_device(tables: list[list[int]], device: torch.device) -> list[Tensor]:
+    """int32 tables, in one copy that the host does not wait for, each at an address that launches are bound for."""
+    padded = [len(table) + -len(table) % 4 for table in tables]
+    numbers = chain.from_iterable([*table, *[0] * (-len(table) % 4)] for table in tables)
+    together = _moved(torch.tensor(list(numbers), dtype=torch.int32), device)
+    parts = together.split(padded)
+    return [part[: len(table)] for part, table in zip(parts, tables, strict=True)]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():  # the copy would be part of the graph, and its source gone by then
+        raise RuntimeError(
+            "parallelflow: got new lengths while a CUDA graph is captured, expected one call with them before"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=16)
 def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
     """The chunks of packed sequences whose boundaries are known on the host: one table, one copy to the device, and the
@@ -79,10 +99,7 @@ def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Ch
         for (first, last) in pairwise(starts)
         for token in range(first, last, size)
     ]  # fmt: skip
-    numbers = torch.tensor([*starts, *offsets, *chain.from_iterable(rows)], dtype=torch.int32)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory().to(device, non_blocking=True)
-    edges, after, table = numbers.split((len(starts), len(starts), 2 * len(rows)))
+    edges, after, table = to_device([[*starts], offsets, [*chain.from_iterable(rows)]], device)
     return Chunks(size, len(rows), len(counts), starts[-1], 0, table.view(-1, 2), edges, after)
 
 

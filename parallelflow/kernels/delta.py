@@ -4,179 +4,192 @@
     else:   S_t = e^{g_t} S_{t-1} + beta_t k_t v_t^T                                  (linear attention, retention, SSD)
     o_t = scale S_t^T q_t
 
-The backward keeps the arrays of `prepare` and recomputes the states with one more scan.  Source: Yang, Kautz,
-Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of `gradient`.
+The backward keeps the arrays of `prepare` and recomputes the states with one more scan.  Long sequences are cut into
+segments where there are few heads (``segments``): one more scan each way finds the segments' flows, ``compose`` their
+entry states, and then all segments run at once.  Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the
+chunked gated delta rule; the gradients are those of `gradient`.
 """
 
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import scan as portable
-from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
-from .gradient import Gradients, gradient, vacant_gradients
-from .prepare import Prepared, prepare
+from .arena import Arena
+from .compose import entry_states, exit_gradients
+from .gradient import Gradients
+from .schedule import Kept, Schedule, Scratch, chunks_of
 from .streams import aside, rejoin
 
 LARGEST_HEAD = 512
-LARGEST_STATES = 2**28  # bytes of exit gradients at a time
-HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
 
 
-def chunk_size(query: Tensor, value: Tensor) -> int:
-    """Tokens in a chunk: 64, or 32 where a token's key or value takes more than 512 bytes."""
-    return 64 if max(query.shape[-1], value.shape[-1]) * query.element_size() <= 512 else 32
+class Arguments(NamedTuple):
+    """A problem's tensors, contiguous: query, key [B, T, H, K], value [B, T, HV, V], beta, log_decay [B, T, HV],
+    initial_state [N, HV, K, V]."""
 
-
-def _scans(tier: str):
-    if tier == "triton":
-        return portable
-    if tier == "hopper":
-        from .hopper import scan as hopper
-
-        return hopper
-    raise ValueError(f"tier: got {tier!r}, expected 'triton' or 'hopper'")
-
-
-def _preparation(tier: str, query: Tensor, key: Tensor, chunks: Chunks):
-    """The tier's `prepare`; the portable one where Hopper's does not fit."""
-    if tier == "hopper":
-        from .hopper import prepare as hopper
-
-        if hopper.fits(query, key, chunks):
-            return hopper.prepare
-    return prepare
-
-
-def _gradient(tier: str, query: Tensor, value: Tensor, chunks: Chunks):
-    """The tier's `gradient`; the portable one where Hopper's does not fit."""
-    if tier == "hopper":
-        from .hopper import gradient as hopper
-
-        if hopper.fits(query, value, chunks):
-            return hopper.gradient
-    return gradient
-
-
-def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None,
-              sequence_starts: tuple[int, ...] | None = None) -> Chunks:  # fmt: skip
-    """How the line is cut."""
-    batch, time = query.shape[:2]
-    size = chunk_size(query, value)
-    if sequence_starts is not None:
-        return known_chunks(sequence_starts, size, query.device)
-    if cu_seqlens is None:
-        return regular_chunks(batch, time, size)
-    return packed_chunks(cu_seqlens, time, size, cu_seqlens_host)
-
-
-def _contiguous(*tensors: Tensor | None) -> Any:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    beta: Tensor | None
+    log_decay: Tensor | None
+    initial_state: Tensor | None
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None, *, tied: bool,
             scale: float, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
             cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
             need_final_state: bool = False, save_for_backward: bool = False, tier: str = "triton",
-            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+            batch_invariant: bool = True) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output [B, T, HV, V], final state [N, HV, K, V] in float32 or None, and what the backward keeps.
 
     query, key [B, T, H, K], value [B, T, HV, V] of one dtype (bfloat16, float16 or float32), HV a multiple of H;
     beta, log_decay [B, T, HV] of any floating dtype (beta may be None if not tied; log_decay None means no decay);
     initial_state [N, HV, K, V] in float32; cu_seqlens [N + 1] on the device, or sequence_starts, the same
-    numbers on the host, with B = 1.  Head sizes up to 512.
+    numbers on the host, with B = 1.  Head sizes up to 512.  The same bits for a sequence whatever else is in the batch
+    if batch_invariant.
     """
-    _check(query, key, value, beta, log_decay, tied, initial_state)
-    query, key, value, beta, log_decay, initial_state = _contiguous(query, key, value, beta, log_decay, initial_state)
-    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, sequence_starts)
-    make = _preparation(tier, query, key, chunks)
-    prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
-    output, final_state = _scans(tier).forward_scan(
-        query, key, value, prepared, chunks, scale=scale, initial_state=initial_state, final_state=need_final_state
-    )
-    saved = [tensor for tensor in prepared if tensor is not None] if save_for_backward else []
-    return output, final_state, saved
+    given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
+    schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
+    value = given.value
+    output, final, workspace = torch.empty_like(value), None, schedule.workspace(schedule.kept_bytes, value.device)
+    if need_final_state:
+        final = _state(schedule, given)
+
+    def launch() -> None:
+        kept = schedule.kept(Arena(workspace))
+        state = _enter(schedule, given, kept, scale)
+        cut = schedule.segments
+        schedule.scans.forward_scan(
+            *given[:3], kept.prepared, schedule.layout, scale=scale, initial_state=state, output=output,
+            final_state=final, ended=None if cut is None else cut.ended)  # fmt: skip
+
+    schedule.forward.run((*given, output, final, workspace), launch, scale)
+    return output, final, [workspace] if save_for_backward else []
 
 
 def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None,
              saved: list[Tensor], d_output: Tensor, d_final_state: Tensor | None, *, tied: bool, scale: float,
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
              cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
-             tier: str = "triton",
+             tier: str = "triton", batch_invariant: bool = True,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None).
 
-    saved is the forward's; empty, the arrays of `prepare` are made again.
+    saved is the forward's; empty, the arrays of the forward pass are made again.
     """
-    query, key, value, beta, log_decay, initial_state, d_output, d_final_state = _contiguous(
-        query, key, value, beta, log_decay, initial_state, d_output, d_final_state)  # fmt: skip
-    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, sequence_starts)
-    if not saved:
-        make = _preparation(tier, query, key, chunks)
-        prepared = make(query, key, beta, log_decay, value.shape[2], chunks, tied=tied, scale=scale)
-    else:
-        prepared = Prepared(*saved) if tied else Prepared(None, *saved)
-    scans = _scans(tier)
-    together = query.is_cuda and programs_of(chunks, value) <= HALF_OF_A_CARD
-    entry_states, innovation = scans.recompute_scan(
-        key, value, prepared, chunks, initial_state=initial_state,
-        launch_in=aside(query.device) if together else nullcontext())  # fmt: skip
-    d_value, found = torch.empty_like(value), vacant_gradients(query, key, beta, log_decay)
+    given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
+    d_output, d_final_state = _contiguous(d_output, d_final_state)
+    schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
+    device = given.value.device
+    kept_space = saved[0] if saved else schedule.workspace(schedule.kept_bytes, device)
+    scratch_space = schedule.workspace(schedule.scratch_bytes, device)
+    found = Arguments(*[None if tensor is None else torch.empty_like(tensor) for tensor in given])  # type: ignore[arg-type]
+
+    def launch() -> None:
+        kept = schedule.kept(Arena(kept_space))
+        if saved:
+            state = given.initial_state if schedule.segments is None else kept.entries
+        else:
+            state = _enter(schedule, given, kept, scale)
+        scratch = schedule.scratch(Arena(scratch_space))
+        _reverse(schedule, given, kept, scratch, state, d_output, d_final_state, found, scale)
+
+    remembered = schedule.backward if saved else schedule.backward_alone
+    remembered.run((*given, d_output, d_final_state, kept_space, scratch_space, *found), launch, scale)
+    return found
+
+
+def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Tensor | None:
+    """Fill what is kept; the states from which the scan of the layout starts, None for zeros."""
+    query, key, value, beta, log_decay, initial_state = given
+    prepared, flows, entries = kept
+    schedule.prepare.prepare(query, key, beta, log_decay, schedule.chunks, scale=scale, into=prepared)
+    cut = schedule.segments
+    if cut is None:
+        return initial_state
+    schedule.scans.flow_scan(key, value, prepared, cut, initial_state=initial_state, flows=flows)
+    entry_states(flows, prepared.total, cut, initial_state, tied=schedule.tied, into=entries)
+    return entries
+
+
+def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch, state: Tensor | None, d_output: Tensor,
+             d_final_state: Tensor | None, found: Arguments, scale: float) -> None:  # fmt: skip
+    """The launches of the backward pass."""
+    query, key, value, beta, log_decay, _ = given
+    scans, cut, device, prepared = schedule.scans, schedule.segments, value.device, kept.prepared
+    innovation = scratch.innovation if schedule.tied else value
+    if schedule.overwrites:
+        innovation = found.query
+    with aside(device) if schedule.together else nullcontext():
+        scans.recompute_scan(key, value, prepared, schedule.layout, initial_state=state,
+                             entry_states=scratch.entry_states, innovation=innovation)  # fmt: skip
     d_state = d_final_state
-    pieces = pieces_of(chunks, entry_states)
-    for piece in reversed(pieces):
-        q, k, b, g, do, r, dv, *into = map(piece.tokens_of, (query, key, beta, log_decay, d_output, innovation, d_value,
-                                                             *found))  # fmt: skip
-        part = Prepared(*map(piece.chunks_of, prepared))
-        exit_gradients, d_state = scans.reverse_scan(
-            q, k, do, part, piece.layout, scale=scale, d_final_state=d_state,
-            initial_gradient=initial_state is not None or piece is not pieces[0], d_value=dv)  # fmt: skip
-        if together:
-            rejoin(query.device)
-        _gradient(tier, q, do, piece.layout)(
-            q, k, b, g, do, r, dv, piece.chunks_of(entry_states), exit_gradients, part, piece.layout, scale=scale,
-            into=Gradients(*into))  # fmt: skip
-        del exit_gradients  # before the next piece takes as much
-    return found.query, found.key, d_value, found.beta, found.log_decay, d_state
+    if cut is not None:
+        scans.reverse_flow_scan(query, key, d_output, prepared, cut, scale=scale, d_final_state=d_state,
+                                sources=scratch.sources)  # fmt: skip
+        exit_gradients(kept.flows, scratch.sources, prepared.total, cut, d_state, tied=schedule.tied,
+                       into=scratch.carried)  # fmt: skip
+        d_state = scratch.carried
+    for number, piece in enumerate(reversed(schedule.pieces)):
+        first = piece is schedule.pieces[0]
+        q, k, b, g, do, r, dv, *into = map(piece.tokens_of, (query, key, beta, log_decay, d_output, innovation,
+                                                             found.value, found.query, found.key, found.beta,
+                                                             found.log_decay))  # fmt: skip
+        part = type(prepared)(*map(piece.chunks_of, prepared))
+        exits = scratch.exit_gradients[: piece.layout.count]
+        d_entry = found.initial_state if first else scratch.carried[number % 2]
+        scans.reverse_scan(
+            q, k, do, part, piece.layout if cut is None else schedule.layout, scale=scale, d_final_state=d_state,
+            exit_gradients=exits, d_value=dv, d_initial_state=d_entry,
+            begun=None if cut is None else cut.begun)  # fmt: skip
+        d_state = d_entry
+        if schedule.together:
+            rejoin(device)
+        schedule.gradient.gradient(
+            q, k, b, g, do, r, dv, piece.chunks_of(scratch.entry_states), exits, part, piece.layout, scale=scale,
+            sums=scratch.sums, into=Gradients(*into))  # fmt: skip
 
 
-class Piece(NamedTuple):
-    """A run of whole chunks: its tokens and its chunks (None: all there are), and how those lie."""
-
-    tokens: slice | None
-    chunks: slice | None
-    layout: Chunks
-
-    def tokens_of(self, tensor: Any) -> Any:
-        """Its tokens of ``[B, T, …]`` (None of None)."""
-        return tensor if self.tokens is None or tensor is None else tensor[:, self.tokens]
-
-    def chunks_of(self, tensor: Any) -> Any:
-        """Its chunks of ``[M, …]`` (None of None)."""
-        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
+_SCHEDULES: dict[tuple, Schedule] = {}
+LARGEST_MEMORY = 256  # problems
 
 
-def pieces_of(chunks: Chunks, states: Tensor) -> list[Piece]:
-    """Where the reverse scan halts for the gradients, so that its states need not all be there at once: one long
-    sequence in pieces whose states take at most LARGEST_STATES bytes; whole batches in one piece."""
-    size, count, time = chunks.size, chunks.count, chunks.time
-    parts = -(-states.numel() * states.element_size() // LARGEST_STATES)
-    if chunks.packed or chunks.sequences != 1 or parts <= 1:
-        return [Piece(None, None, chunks)]
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [
-        Piece(slice(first * size, last * size), slice(first, last),
-              regular_chunks(1, min(last * size, time) - first * size, size))
-        for first, last in pairwise(bounds)
-    ]  # fmt: skip
+def _schedule(given: Arguments, tied: bool, tier: str, batch_invariant: bool, starts: tuple[int, ...] | None,
+              cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Schedule:  # fmt: skip
+    """What is known of problems like this one.  Those whose boundaries only the device knows are all unlike."""
+    query, key, value, beta, log_decay, initial_state = given
+    mark = None
+    if cu_seqlens is None:
+        aligned = not (query.data_ptr() | key.data_ptr()) % 16
+        mark = (
+            query.shape, value.shape, query.dtype, query.device, aligned, tied, tier, batch_invariant, starts,
+            None if beta is None else beta.dtype, None if log_decay is None else log_decay.dtype,
+            initial_state is None, key.shape, key.dtype, value.dtype,
+        )  # fmt: skip
+        known = _SCHEDULES.get(mark)
+        if known is not None:
+            return known
+    _check(query, key, value, beta, log_decay, tied, initial_state)
+    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, starts)
+    schedule = Schedule(query, key, value, chunks, tied, tier, batch_invariant, starts)
+    if mark is not None:
+        if len(_SCHEDULES) >= LARGEST_MEMORY:
+            _SCHEDULES.clear()
+        _SCHEDULES[mark] = schedule
+    return schedule
 
 
-def programs_of(chunks: Chunks, value: Tensor) -> int:
-    """How many programs a scan has, each with 64 value channels of a head."""
-    return chunks.sequences * value.shape[2] * -(-value.shape[3] // 64)
+def _contiguous(*tensors: Tensor | None) -> Any:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _state(schedule: Schedule, given: Arguments) -> Tensor:
+    """A state for every sequence, [N, HV, K, V]."""
+    count = schedule.chunks.sequences
+    _, _, heads, value_dim = given.value.shape
+    return torch.empty(count, heads, given.key.shape[3], value_dim, dtype=torch.float32, device=given.value.device)
 
 
 def _check(query, key, value, beta, log_decay, tied, initial_state) -> None:

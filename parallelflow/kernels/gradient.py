@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arena import Arena
 from .chunks import Chunks, locate_chunk
 from .launch import bind
 from .prepare import Prepared, decay_between
@@ -278,55 +279,62 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
 
 
-def vacant_gradients(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> Gradients:
-    """Uninitialised gradients for `gradient` to fill."""
-    d_beta = None if beta is None else torch.empty_like(beta)
-    d_log_decay = None if log_decay is None else torch.empty_like(log_decay)
-    return Gradients(torch.empty_like(query), torch.empty_like(key), d_beta, d_log_decay)
+class Sums(NamedTuple):
+    """What the three launches hand on."""
+
+    d_pairs: Tensor
+    down: Tensor
+    cross: Tensor
+    aligned: Tensor
+    entry: Tensor
+    exit: Tensor
+    overlaps: Tensor
+
+
+def vacant_sums(arena: Arena, query: Tensor, value: Tensor, count: int, chunk_size: int) -> Sums:
+    """Uninitialised arrays that `gradient` needs for `count` chunks."""
+    heads, k = query.shape[2:]
+    value_heads, c = value.shape[2], chunk_size
+    tiles = triton.cdiv(k, configuration(query, value)[1]["BK"])
+    d_pairs = arena.empty(count, heads, 2, c, c, dtype=query.dtype)
+    down, cross, aligned = (arena.empty(count, value_heads, c, dtype=torch.float32) for _ in range(3))
+    entry, exit = (arena.empty(tiles, count, value_heads, c, dtype=torch.float32) for _ in range(2))
+    return Sums(d_pairs, down, cross, aligned, entry, exit, arena.empty(tiles, count, value_heads, dtype=torch.float32))
+
+
+def may_overwrite(query: Tensor, value: Tensor) -> bool:
+    """Whether R may lie where the gradient of the query goes: no, several programs read a chunk's R."""
+    return False
 
 
 def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, d_output: Tensor,
              innovation: Tensor, d_value: Tensor, entry_states: Tensor, exit_gradients: Tensor, prepared: Prepared,
-             chunks: Chunks, *, scale: float,
-             into: Gradients | None = None) -> Gradients:  # fmt: skip
-    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype: new tensors, or
-    those of `into`."""
+             chunks: Chunks, *, scale: float, sums: Sums, into: Gradients) -> None:  # fmt: skip
+    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype, in the tensors of
+    `into`; `sums` are `vacant_sums`."""
     heads, k = key.shape[2:]
     value_heads, v = d_output.shape[2:]
     m, c = chunks.count, chunks.size
     tied, has_beta, has_decay = prepared.inverse is not None, beta is not None, log_decay is not None
-    gradients = vacant_gradients(query, key, beta, log_decay) if into is None else into
-    d_query, d_key, d_beta, d_log_decay = gradients
+    d_query, d_key, d_beta, d_log_decay = into
     if m == 0:
-        return gradients
+        return
     pairs_options, states_options = configuration(key, d_output)
     tiles = triton.cdiv(k, states_options["BK"])
-
-    def sums(*shape: int, wanted: bool) -> Tensor | None:
-        return torch.empty(*shape, device=key.device, dtype=torch.float32) if wanted else None
-
-    vectors = has_beta or has_decay
-    d_pairs = torch.empty(m, heads, 2, c, c, device=key.device, dtype=key.dtype)
-    down_sums = sums(m, value_heads, c, wanted=vectors)
-    cross_sums = sums(m, value_heads, c, wanted=has_decay)
-    aligned = sums(m, value_heads, c, wanted=tied)
-    entry_sums = sums(tiles, m, value_heads, c, wanted=has_decay)
-    exit_sums = sums(tiles, m, value_heads, c, wanted=vectors)
-    overlaps = sums(tiles, m, value_heads, wanted=has_decay)
     batch = chunks.table, chunks.time, chunks.per_sequence
     flags = {"HV": value_heads, "C": c, "PACKED": chunks.packed, "TIED": tied, "HAS_BETA": has_beta,
              "HAS_DECAY": has_decay}  # fmt: skip
     sizes = {"H": heads, "K": k, "V": v, "PRECISION": float32_precision(key.device)}
     bind(pairs_kernel, **pairs_options, **sizes, **flags)(
-        m * heads, query, key, beta, d_output, innovation, d_value, prepared.cumulative, d_pairs, down_sums, cross_sums,
-        aligned, *batch, scale)  # fmt: skip
+        m * heads, query, key, beta, d_output, innovation, d_value, prepared.cumulative, sums.d_pairs, sums.down,
+        sums.cross, sums.aligned, *batch, scale)  # fmt: skip
     bind(states_kernel, TILES=tiles, **states_options, **sizes, **flags)(
         m * heads * tiles, query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients,
-        prepared.cumulative, d_pairs, d_query, d_key, entry_sums, exit_sums, overlaps, *batch, scale, m)  # fmt: skip
-    if vectors:
+        prepared.cumulative, sums.d_pairs, d_query, d_key, sums.entry, sums.exit, sums.overlaps, *batch, scale,
+        m)  # fmt: skip
+    if has_beta or has_decay:
         few = min(8, triton.next_power_of_2(value_heads))
         smallest = 2.0**-6 if key.dtype == torch.float16 else 2.0**-40
         bind(sums_kernel, HEADS=few, TILES=tiles, DIVISIBLE=smallest, num_warps=4, **flags)(
-            m * triton.cdiv(value_heads, few), beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps,
-            d_beta, d_log_decay, *batch, m)  # fmt: skip
-    return gradients
+            m * triton.cdiv(value_heads, few), beta, sums.down, sums.cross, sums.aligned, sums.entry, sums.exit,
+            sums.overlaps, d_beta, d_log_decay, *batch, m)  # fmt: skip

@@ -8,6 +8,7 @@ launch in Triton's interpreter and with a Triton whose entry point is not the on
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from itertools import chain
@@ -72,6 +73,7 @@ class Bound:
         if pattern is None:
             if not isinstance(self.kernel, JITFunction):  # the interpreter's
                 self.kernel[(programs,)](*arguments, **self.constants)
+                _recording.complete = False
                 return
             pattern = self.patterns[types] = Pattern(self.kernel, arguments)
         tensors, count = pattern.tensors(arguments), pattern.descriptors
@@ -84,6 +86,7 @@ class Bound:
         compiled = pattern.compiled.get(key) if usual else None
         if compiled is None:
             found = self.kernel[(programs,)](*arguments, **self.constants)
+            _recording.complete = False
             if usual:
                 pattern.compiled[key] = _entry_point(found, self.kernel, self.constants, arguments)
             return
@@ -96,7 +99,66 @@ class Bound:
                     descriptor.encoded[:] = encode(descriptor, metadata)
             values[:count] = chain.from_iterable(map(_encoded, arguments[:count]))
         stream = driver.active.get_current_stream(device)
-        compiled.start(programs, 1, 1, stream, *compiled.before, *values, *compiled.after)
+        handed = (*compiled.before, *values, *compiled.after)
+        compiled.start(programs, 1, 1, stream, *handed)
+        if _recording.steps is not None:
+            _recording.steps.append((compiled.start, programs, handed))
+
+
+class _Recording(threading.local):
+    """What this thread launches, while somebody records it."""
+
+    steps: list[tuple] | None = None
+    complete = True
+
+
+_recording = _Recording()
+
+
+def note(action: Callable[[Any], int], device: Any) -> None:
+    """Something between launches that is to be done again with them: ``action(device)`` returns the stream of those
+    that follow."""
+    if _recording.steps is not None:
+        _recording.steps.append((None, action, device))
+
+
+class Remembered:
+    """Launches that were made once for some addresses, made again for the same ones without looking at anything.
+
+    Whoever asks vouches that everything else they depend on is the same: shapes, dtypes, numbers, device, and tables
+    that are kept for as long as this is.
+    """
+
+    LARGEST = 1024  # sets of addresses
+
+    def __init__(self) -> None:
+        self.found: dict[tuple, list[tuple]] = {}
+
+    def run(self, tensors: Sequence[Tensor | None], launches: Callable[[], None], number: float) -> None:
+        """Does what ``launches()`` does; ``tensors`` are all it reads or writes, ``number`` all else that varies."""
+        key = (number, *[None if tensor is None else _address(tensor) for tensor in tensors])
+        steps = self.found.get(key)
+        if steps is not None:
+            _again(steps)
+            return
+        _recording.steps, _recording.complete = [], True
+        try:
+            launches()
+            if _recording.complete:
+                if len(self.found) >= self.LARGEST:
+                    self.found.clear()
+                self.found[key] = _recording.steps
+        finally:
+            _recording.steps = None
+
+
+def _again(steps: list[tuple]) -> None:
+    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    for start, programs, values in steps:
+        if start is None:
+            stream = programs(values)
+        else:
+            start(programs, 1, 1, stream, *values)
 
 
 @cache

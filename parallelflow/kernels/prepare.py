@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arena import Arena
 from .chunks import Chunks, locate_chunk
 from .launch import bind
 from .products import float32_precision, precise_product
@@ -205,26 +206,26 @@ def inverse_kernel(key, beta, cumulative, inverse, table, time, per_sequence,
     store_block(inverse, corner(upper, lower, blocks, SPLIT, PRECISION), half, 0, C)
 
 
-def vacant_arrays(query: Tensor, value_heads: int, chunks: Chunks, *, tied: bool) -> Prepared:
+def vacant_arrays(arena: Arena, dtype: torch.dtype, value_heads: int, chunks: Chunks, *, tied: bool) -> Prepared:
     """Uninitialised arrays for `prepare` to fill."""
     m, c = chunks.count, chunks.size
-    cumulative = query.new_empty(m, value_heads, 2, c, dtype=torch.float32)
-    from_start = query.new_empty(m, value_heads, c, dtype=torch.float32)
-    total = query.new_empty(m, value_heads, dtype=torch.float32)
-    scores = query.new_empty(m, value_heads, c, c)
-    inverse = torch.empty_like(scores) if tied else None
-    return Prepared(inverse, scores, cumulative, from_start, torch.empty_like(from_start), total)
+    inverse = arena.empty(m, value_heads, c, c, dtype=dtype) if tied else None
+    scores = arena.empty(m, value_heads, c, c, dtype=dtype)
+    cumulative = arena.empty(m, value_heads, 2, c, dtype=torch.float32)
+    from_start, to_end = (arena.empty(m, value_heads, c, dtype=torch.float32) for _ in range(2))
+    return Prepared(inverse, scores, cumulative, from_start, to_end, arena.empty(m, value_heads, dtype=torch.float32))
 
 
-def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
-            *, tied: bool, scale: float) -> Prepared:  # fmt: skip
-    """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
+def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, chunks: Chunks, *, scale: float,
+            into: Prepared) -> None:  # fmt: skip
+    """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0), in the arrays of `into`,
+    the inverse if it is there."""
     heads, size = query.shape[2], query.shape[3]
     c, m = chunks.size, chunks.count
-    prepared = vacant_arrays(query, value_heads, chunks, tied=tied)
-    inverse, scores, cumulative, from_start, to_end, total = prepared
+    inverse, scores, cumulative, from_start, to_end, total = into
+    value_heads = scores.shape[1]
     if m == 0:
-        return prepared
+        return
     precision = float32_precision(query.device)
     full = query.dtype == torch.float32
     width = max(16, min(triton.next_power_of_2(size), 64 if full else 128))
@@ -236,4 +237,3 @@ def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor |
     if inverse is not None:
         launch = bind(inverse_kernel, BK=min(width, 64), SPLIT=not full, num_warps=1, num_stages=1, **common)
         launch(m * value_heads, key, beta, cumulative, inverse, *batch)
-    return prepared

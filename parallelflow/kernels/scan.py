@@ -8,11 +8,11 @@ each product of the chain takes its left operand from registers.  Per chunk, wit
               dS <- total dS + (scale from_start Q)^T dO - (from_start K)^T W
 
 Rows that only write have no inverse: R = V, dV = Z, and the last term is absent.
+
+The flows of segments (``segments.py``) come from the same kernels: H is the final state from zero, P that from the
+identity without values, K more value channels; the reverse needs no second P, its flow is the transpose.
 """
 
-from contextlib import AbstractContextManager
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,21 +21,31 @@ from .chunks import Chunks, locate_sequence
 from .launch import bind
 from .prepare import Prepared
 from .products import float32_precision, product, shared_memory
+from .segments import Segments
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total, initial_state,
-                   output, innovation, entry_states, final_state, cu_seqlens, offsets,
+                   output, innovation, entry_states, final_state, cu_seqlens, offsets, flows,
                    time, per_sequence, scale,
                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    READ: tl.constexpr, SAVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-                   PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """From the first chunk to the last.  READ: write the outputs.  SAVE: write R and the chunks' entry states."""
-    tiles = tl.cdiv(V, BV)
-    tile = tl.program_id(0) % tiles
-    value_head = (tl.program_id(0) // tiles) % HV
-    sequence = tl.program_id(0) // tiles // HV
+                   FLOW: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """From the first chunk to the last.  READ: write the outputs.  SAVE: write R and the chunks' entry states.
+
+    FLOW: the final states are [H | P] of the segments in ``flows``, but where a sequence begins it is what its initial
+    state becomes, without P.  OWNED: only segments that end a sequence, which ``flows`` then names, store its state.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    all_tiles: tl.constexpr = tiles + ((K + BV - 1) // BV if FLOW and TIED else 0)
+    tile = tl.program_id(0) % all_tiles
+    value_head = (tl.program_id(0) // all_tiles) % HV
+    sequence = tl.program_id(0) // all_tiles // HV
+    number = sequence
+    if FLOW:
+        begun = tl.load(flows + 2 * number + 1)  # the sequence that begins here, else -1
+        sequence = tl.load(flows + 2 * number)
     first, length, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
@@ -48,10 +58,19 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
     head_key = (first * H + value_head // (HV // H)) * K
     head_value = (first * HV + value_head) * V
     flat = chunk.to(tl.int64) * HV + value_head
-    whole_state = (sequence.to(tl.int64) * HV + value_head) * K * V
     across = k_column[None, :] * V + v_column[:, None]  # the state in memory is [K, V]
     state_inside = k_inside & (v_column < V)[:, None]
-    if HAS_INITIAL:
+    if FLOW:
+        state = tl.zeros([BV, BK], tl.float32)
+        if HAS_INITIAL:
+            whole_state = (tl.maximum(begun, 0).to(tl.int64) * HV + value_head) * K * V
+            state = tl.load(initial_state + whole_state + across, mask=state_inside & (begun >= 0), other=0.0)
+        if TIED:
+            unit_row = (tile - tiles) * BV + tl.arange(0, BV)
+            state = tl.where(tile >= tiles, tl.where(unit_row[:, None] == k_column[None, :], 1.0, 0.0), state)
+            length = tl.where((tile >= tiles) & (begun >= 0), 0, length)
+    elif HAS_INITIAL:
+        whole_state = (sequence.to(tl.int64) * HV + value_head) * K * V
         state = tl.load(initial_state + whole_state + across, mask=state_inside, other=0.0)
     else:
         state = tl.zeros([BV, BK], tl.float32)
@@ -86,23 +105,43 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
         head_key += C * H * K
         head_value += C * HV * V
         flat += HV
-    if HAS_FINAL:
-        tl.store(final_state + whole_state + across, state, mask=state_inside)
+    if FLOW:
+        width: tl.constexpr = V + (K if TIED else 0)
+        channel = v_column
+        channel_inside = v_column < V
+        if TIED:
+            channel = tl.where(tile >= tiles, V + unit_row, channel)
+            channel_inside = tl.where(tile >= tiles, unit_row < K, channel_inside)
+        flow = final_state + (number.to(tl.int64) * HV + value_head) * K * width
+        tl.store(flow + k_column[None, :] * width + channel[:, None], state, mask=k_inside & channel_inside[:, None])
+    elif HAS_FINAL:
+        owner = tl.load(flows + number) if OWNED else number
+        whole_state = (tl.maximum(owner, 0).to(tl.int64) * HV + value_head) * K * V
+        tl.store(final_state + whole_state + across, state, mask=state_inside & (owner >= 0))
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, total, d_final_state,
-                   d_value, exit_gradients, d_initial_state, cu_seqlens, offsets,
+                   d_value, exit_gradients, d_initial_state, cu_seqlens, offsets, flows,
                    time, per_sequence, scale,
                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
-                   HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
-                   PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """From the last chunk to the first: the gradients of the states at the chunks' exits, and of the values."""
+                   HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, FLOW: tl.constexpr,
+                   OWNED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """From the last chunk to the first: the gradients of the states at the chunks' exits, and of the values.
+
+    FLOW: only what leaves the segments in ``flows``, from zero, or, where a sequence ends, from its final gradient.
+    OWNED: only segments that begin a sequence, which ``flows`` then names, store its initial gradient.
+    """
     tiles = tl.cdiv(V, BV)
     tile = tl.program_id(0) % tiles
     value_head = (tl.program_id(0) // tiles) % HV
     sequence = tl.program_id(0) // tiles // HV
+    number = sequence
+    ended = sequence
+    if FLOW:
+        ended = tl.load(flows + 2 * number + 1)  # the sequence that ends here, else -1
+        sequence = tl.load(flows + 2 * number)
     first, length, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
@@ -117,11 +156,11 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
     head_key = ((first + last * C) * H + value_head // (HV // H)) * K
     head_value = ((first + last * C) * HV + value_head) * V
     flat = (chunk + last).to(tl.int64) * HV + value_head
-    whole_state = (sequence.to(tl.int64) * HV + value_head) * K * V
     across = k_column[None, :] * V + v_column[:, None]
     state_inside = k_inside & (v_column < V)[:, None]
     if HAS_FINAL:
-        state = tl.load(d_final_state + whole_state + across, mask=state_inside, other=0.0)
+        whole_state = (tl.maximum(ended, 0).to(tl.int64) * HV + value_head) * K * V
+        state = tl.load(d_final_state + whole_state + across, mask=state_inside & (ended >= 0), other=0.0)
     else:
         state = tl.zeros([BV, BK], tl.float32)
     dtype: tl.constexpr = key.dtype.element_ty
@@ -132,8 +171,9 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
         p = tl.load(scores + flat * C * C + square)
         q = tl.load(query + head_key + k_offset, mask=valid & k_inside, other=0.0)
         leaving = state.to(dtype)
-        saved = v_column[:, None] * K + k_column[None, :]
-        tl.store(exit_gradients + flat * K * V + saved, leaving, mask=state_inside)
+        if not FLOW:
+            saved = v_column[:, None] * K + k_column[None, :]
+            tl.store(exit_gradients + flat * K * V + saved, leaving, mask=state_inside)
         weight = tl.load(to_end + flat * C + row)
         decay = tl.load(from_start + flat * C + row)
         do = tl.trans(do)
@@ -144,13 +184,16 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
             solve = tl.load(inverse + flat * C * C + square)
             z = product(z, solve, PRECISION)
             state -= product(z * decay[None, :], k, PRECISION)
-        tl.store(d_value + head_value + v_offset, tl.trans(z.to(dtype)), mask=valid & v_inside)
+        if not FLOW:
+            tl.store(d_value + head_value + v_offset, tl.trans(z.to(dtype)), mask=valid & v_inside)
         state += product(do.to(tl.float32) * (decay * scale)[None, :], q, PRECISION)
         head_key -= C * H * K
         head_value -= C * HV * V
         flat -= HV
     if HAS_INITIAL:
-        tl.store(d_initial_state + whole_state + across, state, mask=state_inside)
+        owner = tl.load(flows + number) if OWNED else number
+        whole_state = (tl.maximum(owner, 0).to(tl.int64) * HV + value_head) * K * V
+        tl.store(d_initial_state + whole_state + across, state, mask=state_inside & (owner >= 0))
 
 
 def configuration(key: Tensor, value: Tensor, tied: bool) -> dict[str, int]:
@@ -167,73 +210,93 @@ def configuration(key: Tensor, value: Tensor, tied: bool) -> dict[str, int]:
             "num_stages": stages}  # fmt: skip
 
 
-def _programs(value: Tensor, chunks: Chunks, tile: int) -> int:
-    return chunks.sequences * value.shape[2] * triton.cdiv(value.shape[3], tile)
+def tiles(key: Tensor, value: Tensor, tied: bool) -> int:
+    """Programs that carry one value head's state."""
+    return triton.cdiv(value.shape[3], configuration(key, value, tied)["BV"])
 
 
 def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
     return {"H": key.shape[2], "HV": value.shape[2], "K": key.shape[3], "V": value.shape[3]}
 
 
-def _forward(query, key, value, prepared, chunks, scale, initial_state, output, innovation, entry_states, final_state):
-    options = configuration(key, value, prepared.inverse is not None)
-    launch = bind(
-        forward_kernel, **_sizes(key, value), C=chunks.size, PACKED=chunks.packed, TIED=prepared.inverse is not None,
-        READ=output is not None, SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None,
-        HAS_FINAL=final_state is not None, PRECISION=float32_precision(key.device), **options)  # fmt: skip
-    launch(
-        _programs(value, chunks, options["BV"]),
-        query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
-        initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
-        chunks.time, chunks.per_sequence, scale)  # fmt: skip
-
-
 def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 initial_state: Tensor | None, final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Outputs [B, T, HV, V] in the value's dtype and, if asked, the final state [N, HV, K, V] in float32."""
-    output = torch.empty_like(value)
-    _, value_heads, k, v = _sizes(key, value).values()
-    final = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if final_state else None
-    _forward(query, key, value, prepared, chunks, scale, initial_state, output, None, None, final)
-    return output, final
+                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None,
+                 ended: Tensor | None) -> None:  # fmt: skip
+    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V].
+
+    query, key [B, T, H, K], value [B, T, HV, V], contiguous; states in float32.  `ended`, of segments, says which
+    sequence ends with each.
+    """
+    _forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale, output=output,
+             owners=ended)  # fmt: skip
+
+
+def flow_scan(key: Tensor, value: Tensor, prepared: Prepared, segments: Segments, *, initial_state: Tensor | None,
+              flows: Tensor) -> None:  # fmt: skip
+    """[H | P] of the leading segments, [F, HV, K, V + K] in float32 ([H] of rows that only write).
+
+    Of the segment that begins a sequence H is what the initial state [N, HV, K, V] becomes, and P is left open.
+    """
+    _forward(key, value, prepared, segments.layout, initial_state, flows, flows=segments.leading)
 
 
 def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
-                   launch_in: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V] (the value without an inverse)."""
-    _, value_heads, k, v = _sizes(key, value).values()
-    states = key.new_empty(chunks.count, value_heads, v, k)
-    innovation = value if prepared.inverse is None else torch.empty_like(value)
-    with launch_in:
-        _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, innovation, states, None)
-    return states, innovation
+                   entry_states: Tensor, innovation: Tensor) -> None:  # fmt: skip
+    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V], in the value's dtype; without an
+    inverse R is the values, and is not written."""
+    _forward(key, value, prepared, chunks, initial_state, None, innovation=innovation, entry_states=entry_states)
 
 
-def reverse_scan(
-    query: Tensor,
-    key: Tensor,
-    d_output: Tensor,
-    prepared: Prepared,
-    chunks: Chunks,
-    *,
-    scale: float,
-    d_final_state: Tensor | None,
-    initial_gradient: bool,
-    d_value: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Transposed gradients of the chunks' exit states [M, HV, V, K] and, if asked, of the initial state; those of the
-    values go into `d_value`."""
-    _, value_heads, k, v = _sizes(key, d_output).values()
-    exit_gradients = key.new_empty(chunks.count, value_heads, v, k)
-    d_initial = key.new_empty(chunks.sequences, value_heads, k, v, dtype=torch.float32) if initial_gradient else None
-    options = configuration(key, d_output, prepared.inverse is not None)
+def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
+             innovation=None, entry_states=None, flows=None, owners=None):  # fmt: skip
+    tied = prepared.inverse is not None
+    options = configuration(key, value, tied)
+    sizes = _sizes(key, value)
+    programs = chunks.sequences * tiles(key, value, tied)
+    if flows is not None:
+        programs = len(flows) * (tiles(key, value, tied) + tied * triton.cdiv(sizes["K"], options["BV"]))
     launch = bind(
-        reverse_kernel, **_sizes(key, d_output), C=chunks.size, PACKED=chunks.packed,
-        TIED=prepared.inverse is not None, HAS_FINAL=d_final_state is not None, HAS_INITIAL=initial_gradient,
+        forward_kernel, **sizes, C=chunks.size, PACKED=chunks.packed, TIED=tied,
+        READ=output is not None, SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None,
+        HAS_FINAL=final_state is not None, FLOW=flows is not None, OWNED=owners is not None,
         PRECISION=float32_precision(key.device), **options)  # fmt: skip
     launch(
-        _programs(d_output, chunks, options["BV"]),
-        query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
-        d_final_state, d_value, exit_gradients, d_initial, chunks.cu_seqlens, chunks.offsets,
+        programs * sizes["HV"],
+        query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
+        initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
+        owners if flows is None else flows,
         chunks.time, chunks.per_sequence, scale)  # fmt: skip
-    return exit_gradients, d_initial
+
+
+def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
+                 d_final_state: Tensor | None, exit_gradients: Tensor, d_value: Tensor, d_initial_state: Tensor | None,
+                 begun: Tensor | None) -> None:  # fmt: skip
+    """Transposed gradients of the chunks' exit states [M, HV, V, K] and of the values, in the value's dtype; where
+    there is room for them, of the initial states in float32.  `begun`, of segments, says which sequence begins with
+    each."""
+    _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, d_value=d_value,
+             exit_gradients=exit_gradients, owners=begun)  # fmt: skip
+
+
+def reverse_flow_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, segments: Segments, *,
+                      scale: float, d_final_state: Tensor | None, sources: Tensor) -> None:  # fmt: skip
+    """The gradients of the trailing segments' entry states if those of their exit states were zero, [F, HV, K, V] in
+    float32; of the segment that ends a sequence, the whole of it: its exit has the gradient of the final state."""
+    _reverse(query, key, d_output, prepared, segments.layout, scale, d_final_state, sources, flows=segments.trailing)
+
+
+def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, *, d_value=None,
+             exit_gradients=None, flows=None, owners=None):  # fmt: skip
+    tied = prepared.inverse is not None
+    launch = bind(
+        reverse_kernel, **_sizes(key, d_output), C=chunks.size, PACKED=chunks.packed, TIED=tied,
+        HAS_FINAL=d_final_state is not None, HAS_INITIAL=d_initial_state is not None, FLOW=flows is not None,
+        OWNED=owners is not None, PRECISION=float32_precision(key.device),
+        **configuration(key, d_output, tied))  # fmt: skip
+    sequences = chunks.sequences if flows is None else len(flows)
+    launch(
+        sequences * d_output.shape[2] * tiles(key, d_output, tied),
+        query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
+        d_final_state, d_value, exit_gradients, d_initial_state, chunks.cu_seqlens, chunks.offsets,
+        owners if flows is None else flows,
+        chunks.time, chunks.per_sequence, scale)  # fmt: skip

@@ -6,22 +6,42 @@ from functools import cache
 
 import torch
 
+from .launch import note
+
 
 @cache
 def _second(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _fork(device: torch.device) -> int:
+    second = _second(device)
+    second.wait_stream(torch.cuda.current_stream(device))
+    return second.cuda_stream
+
+
+def _back(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _join(device: torch.device) -> int:
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(_second(device))
+    return current.cuda_stream
+
+
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """What is launched inside runs after all that was launched before and beside what is launched next, until
     ``rejoin``. Memory is to be taken from the allocator outside, and kept until after ``rejoin``."""
-    second = _second(device)
-    second.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(second):
+    _fork(device)
+    note(_fork, device)
+    with torch.cuda.stream(_second(device)):
         yield
+    note(_back, device)
 
 
 def rejoin(device: torch.device) -> None:
     """What is launched from here on runs after all that was launched ``aside``."""
-    torch.cuda.current_stream(device).wait_stream(_second(device))
+    _join(device)
+    note(_join, device)

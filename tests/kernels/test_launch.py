@@ -94,3 +94,72 @@ def test_one_object_for_the_same_constants():
     kernel = Kernel()
     assert launch.bind(kernel, SIZE=4, WARPS=1) is launch.bind(kernel, SIZE=4, WARPS=1)
     assert launch.bind(kernel, SIZE=4, WARPS=1) is not launch.bind(kernel, SIZE=8, WARPS=1)
+
+
+def remembered_steps(kernel, bound, tensors, remembered, number=0.5):
+    """Two launches and something between them; how often they were composed, and what was launched."""
+    composed = []
+
+    def launches():
+        composed.append(1)
+        bound(3, Descriptor(), tensors[0], None, 5, number)
+        launch.note(lambda device: f"stream {device}", "aside")
+        bound(4, Descriptor(), tensors[1], None, 5, number)
+
+    remembered.run(tensors, launches, number)
+    entries, kernel.entry = kernel.entry, []
+    return len(composed), entries
+
+
+def test_launches_for_the_same_addresses_are_made_again(kernel):
+    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
+    bound(3, Descriptor(), tensors[0], None, 5, 0.5)  # compiled
+    composed, first = remembered_steps(kernel, bound, tensors, remembered)
+    assert composed == 1
+    assert [entry[3] for entry in first] == ["stream", "stream"]
+    composed, again = remembered_steps(kernel, bound, tensors, remembered)
+    assert composed == 0
+    assert [entry[3] for entry in again] == ["stream", "stream aside"]
+    assert [entry[:3] + entry[4:] for entry in again] == [entry[:3] + entry[4:] for entry in first]
+
+
+@pytest.mark.parametrize("other", [(0.25, slice(None)), (0.5, slice(None, None, -1))], ids=["number", "addresses"])
+def test_launches_for_others_are_not(kernel, other):
+    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
+    bound(3, Descriptor(), tensors[0], None, 5, 0.5)
+    remembered_steps(kernel, bound, tensors, remembered)
+    number, order = other
+    composed, entries = remembered_steps(kernel, bound, tensors[order], remembered, number)
+    assert composed == 1
+    assert entries[0][7] == tensors[order][0].data_ptr()
+    assert entries[0][10] == number
+
+
+def test_what_triton_compiled_on_the_way_is_not_remembered(kernel):
+    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
+    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 1  # its first launch compiles
+    assert not remembered.found
+    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 1
+    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 0
+
+
+def test_what_fails_is_not_remembered_and_nothing_goes_on_recording(kernel):
+    remembered = launch.Remembered()
+
+    def launches():
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        remembered.run([aligned(8)], launches, 0.5)
+    assert not remembered.found
+    assert launch._recording.steps is None
+
+
+def test_only_so_many_are_remembered(kernel, monkeypatch):
+    monkeypatch.setattr(launch.Remembered, "LARGEST", 2)
+    bound, remembered = launch.Bound(kernel, {}), launch.Remembered()
+    kept = [[aligned(8), aligned(8)] for _ in range(4)]
+    bound(3, Descriptor(), kept[0][0], None, 5, 0.5)
+    for tensors in kept:
+        remembered_steps(kernel, bound, tensors, remembered)
+        assert len(remembered.found) <= 2

@@ -2,7 +2,7 @@
 
 Run as a program, since Triton's interpreter, which other tests need, is chosen for a whole process.  Prints a line per
 kernel: its name, and the instructions that read a register which nothing has written.
-    python portable_launches.py K,V,H,HV,tied,dtype ...
+    python portable_launches.py K,V,H,HV,tied,dtype,cut ...      (cut: whether the sequence is, into segments)
 """
 
 import os
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from parallelflow.kernels import delta, launch
+from parallelflow.kernels import delta, launch, segments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}
@@ -65,5 +65,6 @@ if __name__ == "__main__":
     JITFunction.run = compile_launch
     launch.Bound.__call__ = lambda self, programs, *arguments: self.kernel[(programs,)](*arguments, **self.constants)
     for case in sys.argv[1:]:
-        *sizes, tied, dtype = case.split(",")
+        *sizes, tied, dtype, cut = case.split(",")
+        segments.SHORTEST, segments.FEWEST = (1, 1) if int(cut) else (TIME, TIME)
         passes(*map(int, sizes), bool(int(tied)), DTYPES[dtype])

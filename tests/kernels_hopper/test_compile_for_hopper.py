@@ -7,6 +7,7 @@ pytest.importorskip("triton.experimental.gluon")
 from parallelflow.kernels.hopper.descriptors import _FLAT, _SWIZZLED, _SWIZZLED_ROWS
 from parallelflow.kernels.hopper.forward import forward_kernel
 from parallelflow.kernels.hopper.reverse import reverse_kernel
+from parallelflow.kernels.hopper.scan import FLOW_REGISTERS
 
 SHARED_LIMIT = 232_448  # bytes that one block can have on compute capability 9.0
 SERIALISED = {"C7510", "C7512", "C7514"}
@@ -27,7 +28,7 @@ def signature(arrays, pointers, key_size, dtype):
     }
     types = {name: kinds[kind] for name, kind in arrays.items()}
     types |= dict.fromkeys(pointers, "*fp32")
-    types |= {"cu_seqlens": "*i32", "offsets": "*i32", "scale": "fp32"}
+    types |= {"cu_seqlens": "*i32", "offsets": "*i32", "flows": "*i32", "scale": "fp32"}
     return types | dict.fromkeys(["tokens", "per_sequence", "key_heads", "heads", "value_dim"], "i32")
 
 
@@ -54,7 +55,7 @@ REVERSE = {
 def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, packed):
     constants = {
         "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": output, "SAVE": 1 - output, "INITIAL": packed,
-        "FINAL": output, "PACKED": packed,
+        "FINAL": output, "FLOW": 0, "OWNED": packed, "PACKED": packed,
     }  # fmt: skip
     types = signature(FORWARD, ["initial_state", "final_state"], key_size, dtype)
     resources = compile_for_hopper(forward_kernel, types, constants, 168 if output else 240)
@@ -69,7 +70,37 @@ def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, pac
     [(128, "bf16", 1, 1), (128, "bf16", 0, 0), (64, "fp16", 1, 0)],
 )
 def test_reverse_compiles(compile_for_hopper, key_size, dtype, tied, packed):
-    constants = {"K": key_size, "STAGES": 3, "SOLVE": tied, "FINAL": 1, "INITIAL": 1, "PACKED": packed}
+    constants = {"K": key_size, "STAGES": 3, "SOLVE": tied, "FINAL": 1, "INITIAL": 1, "FLOW": 0,
+                 "OWNED": packed, "PACKED": packed}  # fmt: skip
+    types = signature(REVERSE, ["final_gradient", "initial_gradient"], key_size, dtype)
+    resources = compile_for_hopper(reverse_kernel, types, constants, 168)
+    assert resources.shared_bytes <= SHARED_LIMIT
+    assert resources.spilled_bytes == 0
+    assert not resources.unwritten
+    assert not SERIALISED & set(resources.remarks)
+
+
+@pytest.mark.parametrize(
+    ("key_size", "dtype", "tied", "initial"),
+    [(128, "bf16", 1, 1), (128, "bf16", 1, 0), (128, "bf16", 0, 1), (64, "fp16", 1, 0)],
+)
+def test_flows_compile(compile_for_hopper, key_size, dtype, tied, initial):
+    constants = {
+        "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": 0, "SAVE": 0, "INITIAL": initial, "FINAL": 1, "FLOW": 1,
+        "OWNED": 0, "PACKED": 1,
+    }  # fmt: skip
+    types = signature(FORWARD, ["initial_state", "final_state"], key_size, dtype)
+    resources = compile_for_hopper(forward_kernel, types, constants, FLOW_REGISTERS)
+    assert resources.shared_bytes <= SHARED_LIMIT // 2 - 1024  # two on a multiprocessor, 1 KB of each is the system's
+    assert resources.spilled_bytes == 0
+    assert not resources.unwritten
+    assert not SERIALISED & set(resources.remarks)
+
+
+@pytest.mark.parametrize(("key_size", "dtype", "tied", "final"), [(128, "bf16", 1, 1), (64, "fp16", 0, 0)])
+def test_reverse_flows_compile(compile_for_hopper, key_size, dtype, tied, final):
+    constants = {"K": key_size, "STAGES": 3, "SOLVE": tied, "FINAL": final, "INITIAL": 1, "FLOW": 1, "OWNED": 0,
+                 "PACKED": 1}  # fmt: skip
     types = signature(REVERSE, ["final_gradient", "initial_gradient"], key_size, dtype)
     resources = compile_for_hopper(reverse_kernel, types, constants, 168)
     assert resources.shared_bytes <= SHARED_LIMIT

@@ -7,10 +7,11 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from parallelflow.kernels import gradient as portable
+from parallelflow.kernels.arena import Arena
 from parallelflow.kernels.chunks import packed_chunks, regular_chunks
 from parallelflow.kernels.hopper import gradient as hopper
 from parallelflow.kernels.hopper.descriptors import _SWIZZLED, _SWIZZLED_ROWS
-from parallelflow.kernels.prepare import prepare
+from parallelflow.kernels.prepare import prepare, vacant_arrays
 
 SHARED_LIMIT = 232_448  # bytes that one block can have on compute capability 9.0
 SERIALISED = {"C7510", "C7512", "C7514"}
@@ -56,7 +57,9 @@ def test_nothing_fits_without_a_hopper_gpu():
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("has_decay", [True, False])
-@pytest.mark.parametrize(("heads", "value_heads", "k", "v"), [(2, 6, 128, 128), (1, 1, 64, 192), (3, 3, 128, 256)])
+@pytest.mark.parametrize(
+    ("heads", "value_heads", "k", "v"), [(2, 6, 128, 128), (1, 1, 64, 192), (3, 3, 128, 256), (3, 3, 128, 128)]
+)
 @pytest.mark.parametrize("ends", [None, [0, 70, 70, 300]])
 def test_like_the_portable_kernels(heads, value_heads, k, v, has_decay, tied, ends):
     generator = torch.Generator("cuda").manual_seed(3)
@@ -72,13 +75,31 @@ def test_like_the_portable_kernels(heads, value_heads, k, v, has_decay, tied, en
     log_decay = -normal(1, time, value_heads).exp() if has_decay else None
     table = None if ends is None else torch.tensor(ends, device="cuda")
     chunks = regular_chunks(1, time, 64) if ends is None else packed_chunks(table, time, 64)
-    prepared = prepare(query, key, beta, log_decay, value_heads, chunks, tied=tied, scale=0.3)
+
+    def memory():
+        return Arena(torch.full((2**26,), 255, dtype=torch.uint8, device="cuda"))  # NaN, whatever the dtype
+
+    prepared = vacant_arrays(memory(), dtype, value_heads, chunks, tied=tied)
+    prepare(query, key, beta, log_decay, chunks, scale=0.3, into=prepared)
     states, gradients = (normal(chunks.count, value_heads, v, k).to(dtype) for _ in range(2))
     arrays = (query, key, beta, log_decay, d_output, innovation, d_value, states, gradients, prepared, chunks)
     assert hopper.fits(query, d_output, chunks)
-    expected, got, again = (
-        f(*arrays, scale=0.3) for f in (portable.gradient, hopper.gradient, hopper.gradient)
-    )  # fmt: skip
+
+    def found_by(module):
+        into = portable.Gradients(*[x if x is None else torch.full_like(x, torch.nan)
+                                    for x in (query, key, beta, log_decay)])  # fmt: skip
+        sums = module.vacant_sums(memory(), query, d_output, chunks.count, 64)
+        module.gradient(*arrays, scale=0.3, sums=sums, into=into)
+        return into
+
+    expected, got, again = (found_by(module) for module in (portable, hopper, hopper))
+    if tied and hopper.may_overwrite(query, d_output):
+        into = portable.Gradients(innovation.clone(), *map(torch.empty_like, (key, beta)),
+                                  None if log_decay is None else torch.empty_like(log_decay))  # fmt: skip
+        own = (*arrays[:5], into.query, *arrays[6:])
+        hopper.gradient(*own, scale=0.3, sums=None, into=into)
+        assert torch.equal(into.query, got.query)
+        assert torch.equal(into.key, got.key)
     for name, a, b, c in zip(expected._fields, expected, got, again, strict=True):
         if a is not None:
             error = (a.double() - b.double()).norm() / a.double().norm()

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from machine_code import reads_of_unwritten
 
-CASES = ["32,32,1,1,1,bf16", "32,32,1,2,0,fp16", "64,64,1,1,1,bf16"]
+CASES = ["32,32,1,1,1,bf16,0", "32,32,1,2,0,fp16,1", "64,64,1,1,1,bf16,0", "128,64,1,1,1,bf16,1"]
 
 FAULTY = """
         /*07e0*/                   UMOV UR11, 0x80000020 ;

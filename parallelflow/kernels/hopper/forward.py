@@ -14,6 +14,9 @@ memory:
     output  (4 warps)  forms O, about one chunk behind, off the chain
     load    (1 warp)   fetches the tiles of the chunks ahead (TMA)
     store   (1 warp)   sends O, and on request R and the entry states, to memory (TMA)
+
+The flows of segments (``kernels/segments.py``) are the same scan without the output role.  P is that of K more value
+channels, without values (the copy engine fills columns past the last with zeros) and from the identity.
 """
 
 from triton.experimental import gluon
@@ -56,9 +59,9 @@ def load_role(
 
 @gluon.jit
 def state_role(
-    tiles, ready, free, handover, initial_pointer, final_pointer, count, value_dim,
+    tiles, ready, free, handover, initial_pointer, final_pointer, begun, owner, unit, count, value_dim, width,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, HAND: gl.constexpr,
-    INITIAL: gl.constexpr, FINAL: gl.constexpr,
+    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, value_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles = tiles
     entry_tiles, solution_tiles, handed, taken = handover
@@ -73,7 +76,17 @@ def state_role(
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
     along_tokens: gl.constexpr = gl.SliceLayout(0, token_layout)
     zero = gl.zeros([64, 64], gl.float32, token_layout)
-    if INITIAL:
+    if FLOW:
+        row = gl.arange(0, 64, gl.SliceLayout(1, state_layout))[:, None]
+        column = gl.arange(0, K, gl.SliceLayout(0, state_layout))[None, :]
+        if INITIAL:
+            known = (begun >= 0) & (unit < 0) & (row + column >= 0)
+            state = gl.load(initial_pointer + state_offsets(value_dim, state_layout, K), mask=known, other=0.0)
+        else:
+            state = gl.zeros([64, K], gl.float32, state_layout)
+        if SOLVE:
+            state = gl.where((unit >= 0) & (row + unit == column), 1.0, state)
+    elif INITIAL:
         state = gl.load(initial_pointer + state_offsets(value_dim, state_layout, K))
     else:
         state = gl.zeros([64, K], gl.float32, state_layout)
@@ -117,8 +130,9 @@ def state_role(
         total = from_start_tiles.index(following).slice(63, 1).load(gl.SliceLayout(1, state_layout))
         state = warpgroup_mma_wait(0, deps=(update,))
         mbarrier.arrive(free.index(slot), count=1)
-    if FINAL:
-        gl.store(final_pointer + state_offsets(value_dim, state_layout, K), state)
+    if FINAL:  # noqa: SIM102 - settled while compiling
+        if owner >= 0:
+            gl.store(final_pointer + state_offsets(width, state_layout, K), state)
 
 
 @gluon.jit
@@ -198,20 +212,39 @@ def store_role(
 @gluon.jit(do_not_specialize=["tokens", "per_sequence", "key_heads", "heads", "value_dim"])
 def forward_kernel(
     query, key, value, inverse, scores, from_start, to_end, output, solution, entry, initial_state, final_state,
-    cu_seqlens, offsets, scale, tokens, per_sequence, key_heads, heads, value_dim,
+    cu_seqlens, offsets, flows, scale, tokens, per_sequence, key_heads, heads, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, OUTPUT: gl.constexpr, SAVE: gl.constexpr,
-    INITIAL: gl.constexpr, FINAL: gl.constexpr, PACKED: gl.constexpr,
+    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr, OWNED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    """FLOW: the final states are [H | P] of the segments in ``flows``, but where a sequence begins it is what its
+    initial state becomes, without P.  OWNED: only segments that end a sequence, which ``flows`` then names, store its
+    state."""
     program = gl.program_id(0)
     parts = value_dim // 64
+    width = value_dim
+    if FLOW and SOLVE:
+        parts += K // 64
+        width += K
     part = program % parts
     head = (program // parts) % heads
     sequence = program // parts // heads
+    carried = sequence
+    begun = sequence
+    if FLOW:
+        begun = gl.load(flows + 2 * carried + 1)  # the sequence that begins here, else -1
+        sequence = gl.load(flows + 2 * carried)
+    owner = carried
+    if OWNED:
+        owner = gl.load(flows + carried)
     key_head = head // (heads // key_heads)
     first_token, end_token, chunk = locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + 63) // 64
     first_column = part * 64
     column = head * value_dim + first_column
+    unit = first_column - value_dim  # the column of the identity that this program begins with, if it is one
+    if FLOW and SOLVE:
+        column = gl.where(unit >= 0, heads * value_dim, column)
+        count = gl.where((unit >= 0) & (begun >= 0), 0, count)
 
     HAND: gl.constexpr = OUTPUT or SAVE
     dtype: gl.constexpr = key.dtype
@@ -223,9 +256,9 @@ def forward_kernel(
     scores_tiles = gl.allocate_shared_memory(dtype, [STAGES if OUTPUT else 1, 64, 64], square)
     from_start_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
     to_end_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
-    entry_tiles = gl.allocate_shared_memory(dtype, [2, 64, K], square)
-    solution_tiles = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
-    output_tile = gl.allocate_shared_memory(dtype, [1, 64, 64], value.layout)
+    entry_tiles = gl.allocate_shared_memory(dtype, [2 if HAND else 1, 64 if HAND else 8, K if HAND else 64], square)
+    solution_tiles = gl.allocate_shared_memory(dtype, [2 if HAND else 1, 64 if HAND else 8, 64], square)
+    output_tile = gl.allocate_shared_memory(dtype, [1, 64 if OUTPUT else 8, 64], value.layout)
 
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -248,11 +281,12 @@ def forward_kernel(
     tiles = (query_tiles, key_tiles, value_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles)
     handover = (entry_tiles, solution_tiles, handed, taken)
     outward = (output_tile, output_ready, output_free)
-    carried = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
+    begins = initial_state + (gl.maximum(begun, 0) * heads + head).to(gl.int64) * K * value_dim + first_column
+    ends = final_state + (gl.maximum(owner, 0) * heads + head).to(gl.int64) * K * width + first_column
     if OUTPUT:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count,
-                          value_dim, K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
+            (state_role, (tiles, ready, free, handover, begins, ends, begun, owner, unit, count, value_dim, width, K,
+                          STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW)),
             (output_role, (tiles, ready, free, handover, outward, scale, count, K, STAGES, SOLVE)),
             (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
                          count, K, STAGES, SOLVE, OUTPUT)),
@@ -261,8 +295,8 @@ def forward_kernel(
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, initial_state + carried, final_state + carried, count,
-                          value_dim, K, STAGES, SOLVE, HAND, INITIAL, FINAL)),
+            (state_role, (tiles, ready, free, handover, begins, ends, begun, owner, unit, count, value_dim, width, K,
+                          STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW)),
             (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
                          count, K, STAGES, SOLVE, OUTPUT)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim,

@@ -23,8 +23,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..arena import Arena
 from ..chunks import Chunks
-from ..gradient import Gradients, vacant_gradients
+from ..gradient import Gradients
 from ..launch import bind
 from ..prepare import Prepared
 from .descriptors import blocks, rows
@@ -120,16 +121,24 @@ def fits(query: Tensor, value: Tensor, chunks: Chunks) -> bool:
     return scans_fit(query, value, chunks)
 
 
+def vacant_sums(arena: Arena, query: Tensor, value: Tensor, count: int, chunk_size: int) -> None:
+    """Nothing: all sums stay inside the kernel."""
+
+
+def may_overwrite(query: Tensor, value: Tensor) -> bool:
+    """Whether R may lie where the gradient of the query goes: the program that writes a chunk and head of one has then
+    read all there is of the other."""
+    return query.shape == value.shape
+
+
 def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, d_output: Tensor,
              innovation: Tensor, d_value: Tensor, entry_states: Tensor, exit_gradients: Tensor, prepared: Prepared,
-             chunks: Chunks, *, scale: float,
-             into: Gradients | None = None) -> Gradients:  # fmt: skip
-    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype: new tensors, or
-    those of `into`."""
+             chunks: Chunks, *, scale: float, sums: None, into: Gradients) -> None:  # fmt: skip
+    """Gradients of query, key [B, T, H, K], beta and log_decay [B, T, HV], each in its input's dtype, in the tensors of
+    `into`."""
     key_heads, k = key.shape[2:]
     heads, v = d_output.shape[2:]
-    gradients = vacant_gradients(query, key, beta, log_decay) if into is None else into
-    d_query, d_key, d_beta, d_log_decay = gradients
+    d_query, d_key, d_beta, d_log_decay = into
     parts = 2 if v % 128 == 0 else 1
     per_head = v // (64 * parts)
     items = chunks.count * key_heads
@@ -147,4 +156,3 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
         vacant if d_log_decay is None else d_log_decay, chunks.table if chunks.packed else vacant,
         scale, items, chunks.time, chunks.per_sequence, key_heads, heads, heads // key_heads * per_head, per_head,
     )  # fmt: skip
-    return gradients

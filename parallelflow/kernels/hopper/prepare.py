@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..chunks import Chunks
 from ..launch import bind
-from ..prepare import Prepared, vacant_arrays
+from ..prepare import Prepared
 from .triangular import accumulators, allocate_diagonal, columns_by_lanes, invert, right_transposed, store_diagonal
 
 CHUNK = 64
@@ -355,20 +355,19 @@ def fits(query: Tensor, key: Tensor, chunks: Chunks) -> bool:
     )
 
 
-def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, value_heads: int, chunks: Chunks,
-            *, tied: bool, scale: float) -> Prepared:  # fmt: skip
-    """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0); the inverse if `tied`."""
-    heads, size = query.shape[2], query.shape[3]
-    prepared = vacant_arrays(query, value_heads, chunks, tied=tied)
+def prepare(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor | None, chunks: Chunks, *, scale: float,
+            into: Prepared) -> None:  # fmt: skip
+    """The chunk-wise arrays of q, k [B, T, H, K], beta, log_decay [B, T, HV] (None: 1 and 0), in the arrays of `into`,
+    the inverse if it is there."""
+    heads, size, value_heads = query.shape[2], query.shape[3], into.scores.shape[1]
     if chunks.count == 0:
-        return prepared
+        return
     warps = 1 if value_heads == heads else 2
     registers = {} if warps == 1 else {"maxnreg": 200}  # five programs to a multiprocessor
     launch = bind(
         prepare_kernel, H=heads, HV=value_heads, K=size, WIDTH=next_power_of_2(size), HEADS=warps,
-        PACKED=chunks.packed, TIED=tied, HAS_BETA=beta is not None, HAS_DECAY=log_decay is not None, num_warps=warps,
-        **registers,
+        PACKED=chunks.packed, TIED=into.inverse is not None, HAS_BETA=beta is not None,
+        HAS_DECAY=log_decay is not None, num_warps=warps, **registers,
     )  # fmt: skip
-    launch(chunks.count * heads, query, key, beta, log_decay, *prepared, chunks.table, chunks.time,
+    launch(chunks.count * heads, query, key, beta, log_decay, *into, chunks.table, chunks.time,
            chunks.per_sequence, scale)  # fmt: skip
-    return prepared

@@ -79,8 +79,9 @@ def adjoint_role(tiles, ready, inward, scale, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def state_role(
-    tiles, ready, free, handover, final_pointer, initial_pointer, count, value_dim,
+    tiles, ready, free, handover, final_pointer, initial_pointer, ended, owner, count, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
+    FLOW: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, gradient_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles = tiles
     inward, outward = handover
@@ -97,7 +98,11 @@ def state_role(
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
     zero = gl.zeros([64, 64], gl.float32, token_layout)
     if FINAL:
-        state = gl.load(final_pointer + state_offsets(value_dim, state_layout, K))
+        if FLOW:
+            known = gl.full([64, K], True, gl.int1, state_layout) & (ended >= 0)
+            state = gl.load(final_pointer + state_offsets(value_dim, state_layout, K), mask=known, other=0.0)
+        else:
+            state = gl.load(final_pointer + state_offsets(value_dim, state_layout, K))
     else:
         state = gl.zeros([64, K], gl.float32, state_layout)
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
@@ -113,9 +118,10 @@ def state_role(
         key = key_tiles.index(slot).reshape([64, K])
         operand = gl.convert_layout(rounded, token_operand, assert_trivial=True)
         seen = warpgroup_mma(operand, key.permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(exit_free, (j & 1) ^ 1)
-        exit_tile.store(rounded)
-        mbarrier.arrive(exit_ready, count=1)
+        if not FLOW:
+            mbarrier.wait(exit_free, (j & 1) ^ 1)
+            exit_tile.store(rounded)
+            mbarrier.arrive(exit_ready, count=1)
         state = state * total[:, None]
         gradient = gradient_tiles.index(slot).reshape([64, 64]).permute((1, 0))
         query = query_tiles.index(slot).reshape([64, K])
@@ -132,9 +138,10 @@ def state_role(
             update = warpgroup_mma(weighted, key, update, is_async=True)
         else:
             update = warpgroup_mma(gradient, query, state, is_async=True)
-        mbarrier.wait(solution_free, (j & 1) ^ 1)
-        solution_tile.reshape([64, 64]).permute((1, 0)).store(solution.to(dtype))
-        mbarrier.arrive(solution_ready, count=1)
+        if not FLOW:
+            mbarrier.wait(solution_free, (j & 1) ^ 1)
+            solution_tile.reshape([64, 64]).permute((1, 0)).store(solution.to(dtype))
+            mbarrier.arrive(solution_ready, count=1)
         # In the shadow of the update: what the next chunk needs before its first product is done.
         following = j + 1
         more = following < count
@@ -147,8 +154,9 @@ def state_role(
         state = warpgroup_mma_wait(0, deps=(update,))
         mbarrier.arrive(free.index(slot), count=1)
         mbarrier.arrive(spread_free.index(following % 2), count=1, pred=more)
-    if INITIAL:
-        gl.store(initial_pointer + state_offsets(value_dim, state_layout, K), state)
+    if INITIAL:  # noqa: SIM102 - settled while compiling
+        if owner >= 0:
+            gl.store(initial_pointer + state_offsets(value_dim, state_layout, K), state)
 
 
 @gluon.jit
@@ -176,15 +184,25 @@ def store_role(
 @gluon.jit(do_not_specialize=["tokens", "per_sequence", "key_heads", "heads", "value_dim"])
 def reverse_kernel(
     query, key, gradient, inverse, scores, from_start, to_end, exit, solution, final_gradient, initial_gradient,
-    cu_seqlens, offsets, scale, tokens, per_sequence, key_heads, heads, value_dim,
+    cu_seqlens, offsets, flows, scale, tokens, per_sequence, key_heads, heads, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
-    PACKED: gl.constexpr,
+    FLOW: gl.constexpr, OWNED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    """FLOW: only what leaves the segments in ``flows``, from zero or, where a sequence ends, from its final one.
+    OWNED: only segments that begin a sequence, which ``flows`` then names, store its initial gradient."""
     program = gl.program_id(0)
     parts = value_dim // 64
     part = program % parts
     head = (program // parts) % heads
     sequence = program // parts // heads
+    carried = sequence
+    ended = sequence
+    if FLOW:
+        ended = gl.load(flows + 2 * carried + 1)  # the sequence that ends here, else -1
+        sequence = gl.load(flows + 2 * carried)
+    owner = carried
+    if OWNED:
+        owner = gl.load(flows + carried)
     key_head = head // (heads // key_heads)
     first_token, end_token, chunk = locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + 63) // 64
@@ -202,8 +220,8 @@ def reverse_kernel(
     from_start_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
     to_end_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 64], to_end.layout)
     spread_tiles = gl.allocate_shared_memory(gl.float32, [2, 64, 64], spread_layout)
-    exit_tile = gl.allocate_shared_memory(dtype, [64, K], square)
-    solution_tile = gl.allocate_shared_memory(dtype, [1, 64, 64], gradient.layout)
+    exit_tile = gl.allocate_shared_memory(dtype, [8 if FLOW else 64, K], square)
+    solution_tile = gl.allocate_shared_memory(dtype, [1, 8 if FLOW else 64, 64], gradient.layout)
 
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -231,13 +249,23 @@ def reverse_kernel(
     inward = (spread_tiles, spread_ready, spread_free)
     outward = (exit_tile, exit_ready, exit_free, solution_tile, solution_ready, solution_free)
     handover = (inward, outward)
-    carried = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
-    gl.warp_specialize([
-        (state_role, (tiles, ready, free, handover, final_gradient + carried, initial_gradient + carried, count,
-                      value_dim, K, STAGES, SOLVE, FINAL, INITIAL)),
-        (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
-        (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads, count,
-                     K, STAGES, SOLVE)),
-        (store_role, (targets, outward, first_token, end_token, chunk, head, column, heads, value_dim,
-                      first_column, count)),
-    ], [4, 1, 1], [120, 40, 40])  # fmt: skip
+    ends = final_gradient + (gl.maximum(ended, 0) * heads + head).to(gl.int64) * K * value_dim + first_column
+    begins = initial_gradient + (gl.maximum(owner, 0) * heads + head).to(gl.int64) * K * value_dim + first_column
+    if FLOW:
+        gl.warp_specialize([
+            (state_role, (tiles, ready, free, handover, ends, begins, ended, owner, count, value_dim, K, STAGES, SOLVE,
+                          FINAL, INITIAL, FLOW)),
+            (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
+            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
+                         count, K, STAGES, SOLVE)),
+        ], [4, 1], [120, 40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (state_role, (tiles, ready, free, handover, ends, begins, ended, owner, count, value_dim, K, STAGES, SOLVE,
+                          FINAL, INITIAL, FLOW)),
+            (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
+            (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
+                         count, K, STAGES, SOLVE)),
+            (store_role, (targets, outward, first_token, end_token, chunk, head, column, heads, value_dim,
+                          first_column, count)),
+        ], [4, 1, 1], [120, 40, 40])  # fmt: skip

@@ -1,19 +1,19 @@
 """The scans of ``kernels/scan.py`` on Hopper GPUs: the same functions, for bfloat16 and float16, chunks of 64 tokens,
 K of 64 or 128 and V a multiple of 64.  ``fits`` says whether they serve a problem."""
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
 from ..chunks import Chunks
 from ..launch import bind
 from ..prepare import Prepared
+from ..segments import Segments
 from .descriptors import CHUNK, blocks, rows, vectors
 from .forward import forward_kernel
 from .reverse import reverse_kernel
 
 STAGES = 3
+FLOW_REGISTERS = 128  # a thread, before the roles trade: two programs on a multiprocessor
 LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
 
 
@@ -33,43 +33,57 @@ def fits(query: Tensor, value: Tensor, chunks: Chunks) -> bool:
     )
 
 
-def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 initial_state: Tensor | None, final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Output [B, T, HV, V] in the dtype of `value` and, on request, the final state [N, HV, K, V] in float32.
+def tiles(key: Tensor, value: Tensor, tied: bool) -> int:
+    """Programs that carry one value head's state."""
+    return value.shape[3] // 64
 
-    query, key [B, T, H, K], value [B, T, HV, V], contiguous; initial_state [N, HV, K, V] in float32 or None.
+
+def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
+                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None,
+                 ended: Tensor | None) -> None:  # fmt: skip
+    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V].
+
+    query, key [B, T, H, K], value [B, T, HV, V], contiguous; states in float32.  `ended`, of segments, says which
+    sequence ends with each.
     """
-    output = torch.empty_like(value)
-    final = _state_like(key, value, chunks) if final_state else None
-    _forward(query, key, value, prepared, chunks, scale, initial_state, final, output, None, None)
-    return output, final
+    _forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale, output=output,
+             owners=ended)  # fmt: skip
+
+
+def flow_scan(key: Tensor, value: Tensor, prepared: Prepared, segments: Segments, *, initial_state: Tensor | None,
+              flows: Tensor) -> None:  # fmt: skip
+    """[H | P] of the leading segments, [F, HV, K, V + K] in float32 ([H] of rows that only write).
+
+    Of the segment that begins a sequence H is what the initial state [N, HV, K, V] becomes, and P is left open.
+    """
+    _forward(key, value, prepared, segments.layout, initial_state, flows, flows=segments.leading)
 
 
 def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
-                   launch_in: AbstractContextManager[None]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """States at the chunks' entries, transposed, [M, HV, V, K], and R [B, T, HV, V], both in the dtype of `value`."""
-    entry_states = value.new_empty(chunks.count, value.shape[2], value.shape[3], key.shape[3])
-    innovation = value if prepared.inverse is None else torch.empty_like(value)
-    with launch_in:
-        _forward(None, key, value, prepared, chunks, 1.0, initial_state, None, None, innovation, entry_states)
-    return entry_states, innovation
+                   entry_states: Tensor, innovation: Tensor) -> None:  # fmt: skip
+    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V], in the value's dtype; without an
+    inverse R is the values, and is not written."""
+    _forward(key, value, prepared, chunks, initial_state, None, innovation=innovation, entry_states=entry_states)
 
 
-def _forward(
-    query, key, value, prepared, chunks, scale, initial_state, final_state, output, innovation, entry_states
-) -> None:
+def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
+             innovation=None, entry_states=None, flows=None, owners=None) -> None:  # fmt: skip
     heads, value_dim, key_dim = value.shape[2], value.shape[3], key.shape[3]
     key_rows, value_rows, from_start = rows(key, key_dim), rows(value, 64), vectors(prepared.from_start)
     square = blocks(prepared.scores)
     need_output, save, solve = output is not None, entry_states is not None, prepared.inverse is not None
     vacant = prepared.total  # stands in for pointers that are not read
+    if flows is None:
+        programs, registers = chunks.sequences * (value_dim // 64), 168 if need_output else 240
+    else:
+        programs, registers = len(flows) * ((value_dim + solve * key_dim) // 64), FLOW_REGISTERS
     launch = bind(
         forward_kernel, K=key_dim, STAGES=STAGES, SOLVE=int(solve), OUTPUT=int(need_output), SAVE=int(save),
-        INITIAL=int(initial_state is not None), FINAL=int(final_state is not None), PACKED=int(chunks.packed),
-        num_warps=4, maxnreg=168 if need_output else 240,
+        INITIAL=int(initial_state is not None), FINAL=int(final_state is not None), FLOW=int(flows is not None),
+        OWNED=int(owners is not None), PACKED=int(chunks.packed), num_warps=4, maxnreg=registers,
     )  # fmt: skip
     launch(
-        chunks.sequences * heads * (value_dim // 64),
+        programs * heads,
         rows(query, key_dim) if need_output else key_rows, key_rows, value_rows,
         blocks(prepared.inverse) if solve else square, square, from_start, vectors(prepared.to_end),
         rows(output, 64) if need_output else value_rows,
@@ -79,39 +93,49 @@ def _forward(
         vacant if final_state is None else final_state,
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
+        next((table for table in (flows, owners) if table is not None), vacant),
         scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
     )  # fmt: skip
 
 
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None, initial_gradient: bool,
-                 d_value: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of the states at the chunks' exits, transposed, [M, HV, V, K], in the dtype of `d_output`, and, on
-    request, of the initial state [N, HV, K, V] in float32; those of the values go into `d_value` [B, T, HV, V]."""
+                 d_final_state: Tensor | None, exit_gradients: Tensor, d_value: Tensor, d_initial_state: Tensor | None,
+                 begun: Tensor | None) -> None:  # fmt: skip
+    """Transposed gradients of the chunks' exit states [M, HV, V, K] and of the values, in the value's dtype; where
+    there is room for them, of the initial states in float32.  `begun`, of segments, says which sequence begins with
+    each."""
+    _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, d_value=d_value,
+             exit_gradients=exit_gradients, owners=begun)  # fmt: skip
+
+
+def reverse_flow_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, segments: Segments, *,
+                      scale: float, d_final_state: Tensor | None, sources: Tensor) -> None:  # fmt: skip
+    """The gradients of the trailing segments' entry states if those of their exit states were zero, [F, HV, K, V] in
+    float32; of the segment that ends a sequence, the whole of it: its exit has the gradient of the final state."""
+    _reverse(query, key, d_output, prepared, segments.layout, scale, d_final_state, sources, flows=segments.trailing)
+
+
+def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, *, d_value=None,
+             exit_gradients=None, flows=None, owners=None) -> None:  # fmt: skip
     heads, value_dim, key_dim = d_output.shape[2], d_output.shape[3], key.shape[3]
-    exit_gradients = d_output.new_empty(chunks.count, heads, value_dim, key_dim)
-    d_initial_state = _state_like(key, d_output, chunks) if initial_gradient else None
     solve = prepared.inverse is not None
-    vacant = prepared.total
+    vacant, key_rows, gradient_rows = prepared.total, rows(key, key_dim), rows(d_output, 64)
     launch = bind(
         reverse_kernel, K=key_dim, STAGES=STAGES, SOLVE=int(solve), FINAL=int(d_final_state is not None),
-        INITIAL=int(d_initial_state is not None), PACKED=int(chunks.packed), num_warps=4, maxnreg=168,
+        INITIAL=int(d_initial_state is not None), FLOW=int(flows is not None), OWNED=int(owners is not None),
+        PACKED=int(chunks.packed), num_warps=4, maxnreg=168,
     )  # fmt: skip
     launch(
-        chunks.sequences * heads * (value_dim // 64),
-        rows(query, key_dim), rows(key, key_dim), rows(d_output, 64),
+        (chunks.sequences if flows is None else len(flows)) * heads * (value_dim // 64),
+        rows(query, key_dim), key_rows, gradient_rows,
         blocks(prepared.scores if prepared.inverse is None else prepared.inverse), blocks(prepared.scores),
         vectors(prepared.from_start), vectors(prepared.to_end),
-        blocks(exit_gradients), rows(d_value, 64),
+        blocks(key) if exit_gradients is None else blocks(exit_gradients),
+        gradient_rows if d_value is None else rows(d_value, 64),
         vacant if d_final_state is None else d_final_state,
         vacant if d_initial_state is None else d_initial_state,
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
+        next((table for table in (flows, owners) if table is not None), vacant),
         scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
     )  # fmt: skip
-    return exit_gradients, d_initial_state
-
-
-def _state_like(key: Tensor, value: Tensor, chunks: Chunks) -> Tensor:
-    shape = (chunks.sequences, value.shape[2], key.shape[3], value.shape[3])
-    return torch.empty(shape, dtype=torch.float32, device=key.device)

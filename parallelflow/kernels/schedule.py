@@ -1,0 +1,167 @@
+"""What follows from shapes, dtypes and options alone, found once: chunks, segments, arrays, and which stages run.
+
+A call then takes one workspace from the allocator, in which every array has its place, and launches.
+"""
+
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import gradient as portable_gradient
+from . import prepare as portable_prepare
+from . import scan as portable_scan
+from .arena import Arena
+from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
+from .launch import Remembered
+from .prepare import Prepared, vacant_arrays
+from .segments import Segments, known_segments, regular_segments
+
+LARGEST_STATES = 2**28  # bytes of exit gradients at a time
+HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
+
+
+class Piece(NamedTuple):
+    """A run of whole chunks: its tokens and its chunks (None: all there are), and how those lie."""
+
+    tokens: slice | None
+    chunks: slice | None
+    layout: Chunks
+
+    def tokens_of(self, tensor: Any) -> Any:
+        """Its tokens of ``[B, T, …]`` (None of None)."""
+        return tensor if self.tokens is None or tensor is None else tensor[:, self.tokens]
+
+    def chunks_of(self, tensor: Any) -> Any:
+        """Its chunks of ``[M, …]`` (None of None)."""
+        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves to the backward one: the arrays of ``prepare``; if sequences are cut, the segments'
+    flows and the states at their entries (else not to be used)."""
+
+    prepared: Prepared
+    flows: Tensor
+    entries: Tensor
+
+
+class Scratch(NamedTuple):
+    """What only the backward pass needs: the states at the chunks' entries, R, the gradients of the states at their
+    exits, of those at pieces' or segments' exits, what segments add to them, the gradient stage's own. What a problem
+    does not need has no place, and the exit gradients stand for it."""
+
+    entry_states: Tensor
+    innovation: Tensor
+    exit_gradients: Tensor
+    carried: Tensor
+    sources: Tensor
+    sums: Any
+
+
+def chunk_size(query: Tensor, value: Tensor) -> int:
+    """Tokens in a chunk: 64, or 32 where a token's key or value takes more than 512 bytes."""
+    return 64 if max(query.shape[-1], value.shape[-1]) * query.element_size() <= 512 else 32
+
+
+def chunks_of(query: Tensor, value: Tensor, cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None,
+              sequence_starts: tuple[int, ...] | None = None) -> Chunks:  # fmt: skip
+    """How the line is cut."""
+    batch, time = query.shape[:2]
+    size = chunk_size(query, value)
+    if sequence_starts is not None:
+        return known_chunks(sequence_starts, size, query.device)
+    if cu_seqlens is None:
+        return regular_chunks(batch, time, size)
+    return packed_chunks(cu_seqlens, time, size, cu_seqlens_host)
+
+
+class Schedule:
+    """One problem's stages and arrays."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks, tied: bool, tier: str,
+                 batch_invariant: bool, sequence_starts: tuple[int, ...] | None) -> None:  # fmt: skip
+        self.query, self.value = (torch.empty_like(tensor, device="meta") for tensor in (query, value))
+        self.chunks, self.tied = chunks, tied
+        self.prepare, self.scans, self.gradient = stages(tier, query, key, value, chunks)
+        programs = value.shape[2] * self.scans.tiles(key, value, tied)
+        self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)
+        self.layout = chunks if self.segments is None else self.segments.layout
+        self.together = query.is_cuda and self.layout.sequences * programs <= HALF_OF_A_CARD
+        self.overwrites = tied and self.gradient.may_overwrite(query, value)
+        self.pieces = self._pieces()
+        self.kept_bytes, self.scratch_bytes = Arena(), Arena()
+        self.kept(self.kept_bytes)
+        self.scratch(self.scratch_bytes)
+        self.forward, self.backward, self.backward_alone = Remembered(), Remembered(), Remembered()
+
+    def _segments(self, programs: int, starts: tuple[int, ...] | None, batch_invariant: bool,
+                  device: torch.device) -> Segments | None:  # fmt: skip
+        """None where nothing is cut; nothing is where only the device knows how long the sequences are."""
+        chunks = self.chunks
+        if starts is not None:
+            return known_segments(starts, chunks.size, programs, batch_invariant, device)
+        if chunks.packed or not chunks.count:
+            return None
+        return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, batch_invariant, device)
+
+    def _pieces(self) -> list[Piece]:
+        """Where the reverse scan halts for the gradients, so that its states need not all be there at once: one long
+        sequence in pieces whose states take at most LARGEST_STATES bytes; whole batches and segments in one piece."""
+        chunks, value = self.chunks, self.value
+        size, count, time = chunks.size, chunks.count, chunks.time
+        bytes_of_states = count * prod(value.shape[2:]) * self.query.shape[3] * value.element_size()
+        parts = -(-bytes_of_states // LARGEST_STATES)
+        if chunks.packed or chunks.sequences != 1 or parts <= 1 or self.segments is not None:
+            return [Piece(None, None, chunks)]
+        bounds = [count * part // parts for part in range(parts + 1)]
+        return [
+            Piece(slice(first * size, last * size), slice(first, last),
+                  regular_chunks(1, min(last * size, time) - first * size, size))
+            for first, last in pairwise(bounds)
+        ]  # fmt: skip
+
+    def kept(self, arena: Arena) -> Kept:
+        """The arrays of the forward pass."""
+        heads, v, k = *self.value.shape[2:], self.query.shape[3]
+        prepared = vacant_arrays(arena, self.query.dtype, heads, self.chunks, tied=self.tied)
+        cut = self.segments
+        if cut is None:
+            return Kept(prepared, prepared.total, prepared.total)
+        flows = arena.empty(cut.flows, heads, k, v + k if self.tied else v, dtype=torch.float32)
+        return Kept(prepared, flows, arena.empty(cut.layout.sequences, heads, k, v, dtype=torch.float32))
+
+    def scratch(self, arena: Arena) -> Scratch:
+        """The arrays of the backward pass that do not outlive it."""
+        value, dtype = self.value, self.value.dtype
+        heads, v, k = *value.shape[2:], self.query.shape[3]
+        largest = max(piece.layout.count for piece in self.pieces)
+        entry_states = arena.empty(self.chunks.count, heads, v, k, dtype=dtype)
+        innovation = carried = sources = exit_gradients = arena.empty(largest, heads, v, k, dtype=dtype)
+        if self.tied and not self.overwrites:
+            innovation = arena.empty(*value.shape, dtype=dtype)
+        if self.segments is not None:
+            carried = arena.empty(self.layout.sequences, heads, k, v, dtype=torch.float32)
+            sources = arena.empty(self.segments.flows, heads, k, v, dtype=torch.float32)
+        elif len(self.pieces) > 1:
+            carried = arena.empty(2, 1, heads, k, v, dtype=torch.float32)
+        sums = self.gradient.vacant_sums(arena, self.query, value, largest, self.chunks.size)
+        return Scratch(entry_states, innovation, exit_gradients, carried, sources, sums)
+
+    def workspace(self, arena: Arena, device: torch.device) -> Tensor:
+        """Memory for as much as ``arena`` measured."""
+        return torch.empty(arena.size, dtype=torch.uint8, device=device)
+
+
+def stages(tier: str, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Any, Any, Any]:
+    """The modules of a tier that prepare, scan and form gradients; the portable ones where Hopper's do not fit."""
+    if tier == "triton":
+        return portable_prepare, portable_scan, portable_gradient
+    if tier != "hopper":
+        raise ValueError(f"tier: got {tier!r}, expected 'triton' or 'hopper'")
+    from .hopper import gradient, prepare, scan
+
+    return (prepare if prepare.fits(query, key, chunks) else portable_prepare, scan,
+            gradient if gradient.fits(query, value, chunks) else portable_gradient)  # fmt: skip
