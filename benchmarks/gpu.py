@@ -1,7 +1,7 @@
 """This library beside flash-linear-attention and FlashQLA on one GPU, same inputs, one run.
 
     python -m benchmarks.gpu                                  # all that is installed
-    python -m benchmarks.gpu --library parallelflow --op delta_rule
+    python -m benchmarks.gpu --library parallelflow --op delta_rule --time 32768
 
 Every library computes every problem in a process of its own. All processes make their first gradient at once, from
 empty caches: that is the time to compile and to autotune. Then they are timed one after another, with nothing else on
@@ -34,6 +34,7 @@ from benchmarks import report
 
 PREFIX = 1024  # tokens whose output is compared
 CHUNK = 64
+BATCH_INVARIANT = True  # the mode that is measured: the same bits in any batch, the default
 
 
 class Problem(NamedTuple):
@@ -71,6 +72,13 @@ PROBLEMS = [
     Problem("ssd", 4, 4096, 16, 16),
     Problem("retention", 4, 4096, 16, 16),
     Problem("linear_attention", 4, 4096, 16, 16),
+    Problem("gated_delta_rule", 1, 32768, 2, 8),
+    Problem("gated_delta_rule", 1, 32768, 4, 16),
+    Problem("gated_delta_rule", 1, 32768, 8, 32),
+    Problem("delta_rule", 1, 32768, 4, 4),
+    Problem("gated_delta_rule", 1, 131072, 2, 8),
+    Problem("gated_delta_rule", 1, 131072, 4, 16),
+    Problem("delta_rule", 1, 131072, 4, 4),
 ]
 
 
@@ -111,7 +119,8 @@ def ours(problem: Problem, backend: str = "auto") -> Callable[..., Tensor]:
             kind = torch.float64 if value.dtype == torch.float64 else torch.float32
             inputs["log_decay"] = heads_decay(value.shape[2], device=value.device, dtype=kind)
         scale = problem.key_dim**-0.5
-        return function(**inputs, scale=scale, backend=backend, validate=False).output
+        options = {"scale": scale, "backend": backend, "batch_invariant": BATCH_INVARIANT, "validate": False}
+        return function(**inputs, **options).output
 
     return call
 
@@ -227,6 +236,8 @@ def measure(problem: Problem, library: str, wait: Callable[[], None]) -> report.
     forward()
     wait()
     row: report.Row = {**problem._asdict(), "library": library}
+    if library == report.OURS:
+        row["batch_invariant"] = BATCH_INVARIANT
     row["forward_ms"] = medians(forward)
     row["forward_backward_ms"] = medians(both)
     torch.cuda.synchronize()
@@ -316,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="all that are installed, unless given")
     parser.add_argument("--op", choices=sorted({p.op for p in PROBLEMS}), action="append", help="all, unless given")
+    parser.add_argument("--time", type=int, action="append", help="problems of so many tokens; all, unless given")
     parser.add_argument("--patience", type=float, default=400, help="seconds for all the first gradients")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<card>.json, into which rows are merged")
     parser.add_argument("--commit", default="", help="the commit that is measured; default: asked of git")
@@ -332,6 +344,7 @@ def main() -> None:
         for library in libraries
         for problem in PROBLEMS
         if (arguments.op is None or problem.op in arguments.op)
+        and (arguments.time is None or problem.time in arguments.time)
         and (library != "flash_qla" or problem.op == "gated_delta_rule")
     ]
     card = torch.cuda.get_device_name()

@@ -94,6 +94,9 @@ def gpu_table(result: Result) -> str:
         f"One {result['card']}, bfloat16, K = V = 128, {versions}; copy {ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 "
         f"matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. × is a library's time over ParallelFlow's."
     )
+    modes = {row.get("batch_invariant") for row in result["rows"] if row["library"] == OURS}
+    if modes == {True}:
+        note += " ParallelFlow gives a sequence the same bits in any batch (`batch_invariant=True`, its default)."
     return f"{note}\n\n{markdown(header, lines)}"
 
 

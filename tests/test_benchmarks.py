@@ -48,6 +48,16 @@ def test_a_table_sets_libraries_beside_this_one(tmp_path, monkeypatch):
     assert report.render("\n".join(lines)) == "\n".join(lines)
 
 
+def test_a_table_says_in_which_mode_all_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for modes, said in (((True, True), True), ((True, None), False), ((False, True), False)):
+        rows = [{**SHAPE, **FIGURES, "time": time, "library": "parallelflow", "batch_invariant": mode}
+                for time, mode in enumerate(modes)]  # fmt: skip
+        report.save(result(*rows), tmp_path / "card.json")
+        table = report.render("<!-- benchmarks: gpu card.json -->\n\n<!-- /benchmarks -->")
+        assert ("batch_invariant=True" in table) == said
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "–"), (0.2, "0.200"), (1.234, "1.23"), (99.96, "100"), (4016, "4016")]
 )
