@@ -36,17 +36,20 @@ class Setting(NamedTuple):
     backend: str
     ties: tuple[int, ...] = tuple(range(SLOTS))
     batch_invariant: bool = True
+    final: bool = True
 
     @torch.no_grad()
-    def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Output, final states, and what the backward pass starts from."""
+    def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from."""
         inputs = self.tied(untied)
         if self.backend == "torch":
             output, final, carries = self.plain(inputs)
             return output, final, carries if keep else []
         from parallelflow.kernels import backend
 
-        return backend.forward(inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant)
+        return backend.forward(
+            inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant, self.final
+        )
 
     def plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The torch backend's forward pass."""
@@ -93,6 +96,7 @@ class _Flow(torch.autograd.Function):
     @staticmethod
     def forward(setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         output, final, saved = setting.forward(Inputs(*inputs), keep=True)  # type: ignore[arg-type]
+        assert final is not None
         return output, final, *saved
 
     @staticmethod
@@ -137,7 +141,7 @@ class _EagerFlow(torch.autograd.Function):
     autograd a third of its time on the host (signatures bound, what is saved wrapped as outputs)."""
 
     @staticmethod
-    def forward(ctx: Any, setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         output, final, saved = setting.forward(Inputs(*inputs), keep=True)  # type: ignore[arg-type]
         ctx.setting, ctx.saved_count, ctx.output_shape = setting, len(saved), output.shape
         ctx.save_for_backward(*saved, *inputs)
@@ -292,6 +296,7 @@ def _integrate(
     code = _Code(flags, positions, lone_positions, ties, scale, names)
     setting = code.setting(cu_seqlens)
     output, final, carries = setting.forward(inputs, keep=setting.backend == "torch")
+    assert final is not None
     if setting.backend != "torch":  # the kernels make theirs again
         return output, final, query.new_empty(0)
     saved = final.new_zeros(carry_count(setting.plan, final.shape[1], query.shape[1]), query.shape[0], *final.shape[1:])
@@ -373,14 +378,16 @@ def run(
     cu_seqlens: Tensor | None,
     backend: str,
     batch_invariant: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Output and final states, differentiable."""
+    final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and final states, differentiable; None may stand for states that are not asked for."""
     ties = list(range(SLOTS))
     untied: list[Tensor | None] = list(inputs)
     for slot, other in TIES:
         if inputs[slot] is inputs[other]:
             ties[slot], untied[slot] = other, None
-    setting = Setting(traits, plan, sequence_starts, backend, tuple(ties), batch_invariant)
+    need = final_state or torch.compiler.is_compiling() or _transformed()
+    setting = Setting(traits, plan, sequence_starts, backend, tuple(ties), batch_invariant, need)
     if torch.compiler.is_compiling():
         output, final, _ = _integrate(*untied, cu_seqlens, *_Code.of(setting))
     elif _nothing_to_record(untied):

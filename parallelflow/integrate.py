@@ -144,10 +144,11 @@ def integrate(
         plan = Plan(int(chunk_size), solver, aggregate)
         decided[choice] = plan, _choose(backend, inputs, traits, plan)
     plan, tier = decided[choice]
+    final: Tensor | None
     if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
         output, final = advance(inputs, traits, tier)
     else:
-        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant)
+        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, return_final_state)
     return Result(output, final if return_final_state else None)
 
 

@@ -122,13 +122,13 @@ def forward(
     tier: str,
     keep: bool,
     batch_invariant: bool = True,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
+    need_final_state: bool = True,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again."""
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     output, final, saved = _kernels(tier).forward(
-        *_arguments(inputs), **options, need_final_state=True, save_for_backward=keep
+        *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
     )
-    assert final is not None
     return output, final, saved
 
 
