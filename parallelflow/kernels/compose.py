@@ -58,7 +58,8 @@ def compose_kernel(given, flows, sources, total, results, first, offsets, sequen
             following = tl.load(sources + source + row[:, None] * SOURCE + column[None, :], mask=inside, other=0.0)
             if step > 0:
                 if TIED:
-                    tl.debug_barrier()  # the state was stored by other threads than those that read it now
+                    if STEP < BK:
+                        tl.debug_barrier()  # the state was stored by other threads than those that read it now
                     for part in tl.static_range(0, K, STEP):
                         along = part + tl.arange(0, STEP)
                         if REVERSE:
@@ -66,8 +67,11 @@ def compose_kernel(given, flows, sources, total, results, first, offsets, sequen
                         else:
                             place = (flow + row[:, None]) * WIDTH + V + along[None, :]
                         p = tl.load(flows + place, mask=(row < K)[:, None] & (along < K)[None, :], other=0.0)
-                        s = tl.load(result + along[:, None] * V + column[None, :],
-                                    mask=(along < K)[:, None] & (column < V)[None, :], other=0.0)  # fmt: skip
+                        if STEP < BK:
+                            s = tl.load(result + along[:, None] * V + column[None, :],
+                                        mask=(along < K)[:, None] & (column < V)[None, :], other=0.0)  # fmt: skip
+                        else:
+                            s = state
                         following = tl.dot(p, s, following, input_precision=PRECISION)
                 else:
                     chunk = tl.load(offsets + segment)
@@ -99,7 +103,7 @@ def _compose(given, flows, sources, total, segments, results, tied, reverse) -> 
     _, value_heads, key_dim, value_dim = results.shape
     width = max(16, triton.next_power_of_2(key_dim))
     launch = bind(
-        compose_kernel, HV=value_heads, K=key_dim, V=value_dim, BK=width, BV=16, STEP=min(width, 64), CHUNKS=64,
+        compose_kernel, HV=value_heads, K=key_dim, V=value_dim, BK=width, BV=16, STEP=width if width <= 128 else 64, CHUNKS=64,
         TIED=tied, REVERSE=reverse, GIVEN=given is not None, PRECISION=float32_precision(total.device),
         num_warps=8 if width >= 128 else 4)  # fmt: skip
     launch(
