@@ -159,7 +159,7 @@ def canonical(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None
     """
     if torch.compiler.is_compiling():
         return _examine(driver, query, initial_state, scale)
-    key = _key(driver, query, initial_state, scale)
+    key = (scale, driver.signature, *fingerprint(query, initial_state))  # all that checks and traits depend on
     known = _KNOWN.recall(key)
     if known is not None:
         return Problem(_gather(driver, query, initial_state), *known)
@@ -172,16 +172,6 @@ def _examine(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None,
     _check_all(driver, query, initial_state)
     inputs = _gather(driver, query, initial_state)
     return Problem(inputs, _describe(driver, inputs, scale), {})
-
-
-def _key(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> tuple:
-    """All that the checks and the traits depend on."""
-    parts: list[Any] = [scale, driver.order, driver.reads, *fingerprint(query, driver.log_decay, initial_state)]
-    for row in driver.rows:
-        write, read, value = row.write, row.read or _ABSENT, row.value or _ABSENT
-        parts += read.vector is write, read.coefficient is value.coefficient, read.sign, value.sign
-        parts += fingerprint(write, read.vector, read.coefficient, value.vector, value.coefficient)
-    return tuple(parts)
 
 
 def _families(driver: LowRankDriver) -> tuple[list[Row], list[Row]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_floating, expect_rank, show
+from parallelflow.checks import Memory, expect_floating, expect_rank, fingerprint, show
 
 Order = Literal["simultaneous", "sequential"]
 Reads = Literal["decayed", "raw"]
@@ -62,9 +63,28 @@ class LowRankDriver:
     log_decay: Tensor | None = None
     order: Order = "simultaneous"
     reads: Reads = "decayed"
+    signature: tuple = field(init=False, repr=False, default=())
+    """All but the numbers: shapes, dtypes, devices, signs, ties. Drivers of one signature are checked once."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
+        if torch.compiler.is_compiling():
+            self._check()
+            return
+        object.__setattr__(self, "signature", self._sign())
+        if not _PASSED.recall(self.signature):
+            self._check()
+            _PASSED.keep(self.signature, True)
+
+    def _sign(self) -> tuple:
+        parts: list[Any] = [self.order, self.reads, *fingerprint(self.log_decay)]
+        for row in self.rows:
+            write, read, value = row.write, row.read or _ABSENT, row.value or _ABSENT
+            parts += row.read is None, row.value is None, read[0] is write, read[1] is value[1], read[2], value[2]
+            parts += fingerprint(write, *read[:2], *value[:2])
+        return tuple(parts)
+
+    def _check(self) -> None:
         if not self.rows:
             raise ValueError("rows: got none, expected at least one Row")
         for row in self.rows:
@@ -86,6 +106,10 @@ class LowRankDriver:
     def rank(self) -> int:
         """R: the number of rows a token."""
         return sum(row.write.shape[2] if row.write.ndim == 5 else 1 for row in self.rows)
+
+
+_PASSED: Memory[bool] = Memory()
+_ABSENT = Factor(None)  # type: ignore[arg-type]
 
 
 def _check_row(row: Row) -> None:
