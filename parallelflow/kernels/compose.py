@@ -104,7 +104,8 @@ def _compose(given, flows, sources, total, segments, results, tied, reverse) -> 
     width = max(16, triton.next_power_of_2(key_dim))
     launch = bind(
         compose_kernel, HV=value_heads, K=key_dim, V=value_dim, BK=width, BV=16,
-        STEP=width if width <= 128 else 64, CHUNKS=64, TIED=tied, REVERSE=reverse, GIVEN=given is not None, PRECISION=float32_precision(total.device),
+        STEP=width if width <= 128 else 64, CHUNKS=64, TIED=tied, REVERSE=reverse,
+        GIVEN=given is not None, PRECISION=float32_precision(total.device),
         num_warps=8 if width >= 128 else 4)  # fmt: skip
     launch(
         segments.sequences * value_heads * triton.cdiv(value_dim, 16),

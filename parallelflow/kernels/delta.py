@@ -19,7 +19,8 @@ from torch import Tensor
 from .arena import Arena
 from .compose import entry_states, exit_gradients
 from .gradient import Gradients
-from .schedule import Kept, Schedule, Scratch, chunks_of
+from .prepare import Prepared
+from .schedule import Group, Kept, Schedule, Scratch, chunks_of
 from .streams import aside, rejoin
 
 LARGEST_HEAD = 512
@@ -116,14 +117,25 @@ def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Te
 
 def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch, state: Tensor | None, d_output: Tensor,
              d_final_state: Tensor | None, found: Arguments, scale: float) -> None:  # fmt: skip
-    """The launches of the backward pass."""
+    """The launches of the backward pass, a group of sequences at a time."""
+    for group in schedule.groups:
+        own, into = (Arguments(*map(group.sequences_of, tensors)) for tensors in (given, found))
+        prepared = Prepared(*map(group.chunks_of, kept.prepared))
+        entering, leaving = group.sequences_of(state), group.sequences_of(d_final_state)
+        _reverse_group(schedule, group, own, kept._replace(prepared=prepared), scratch, entering,
+                       group.sequences_of(d_output), leaving, into, scale)  # fmt: skip
+
+
+def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kept, scratch: Scratch,
+                   state: Tensor | None, d_output: Tensor, d_final_state: Tensor | None, found: Arguments,
+                   scale: float) -> None:  # fmt: skip
     query, key, value, beta, log_decay, _ = given
     scans, cut, device, prepared = schedule.scans, schedule.segments, value.device, kept.prepared
-    innovation = scratch.innovation if schedule.tied else value
+    innovation = scratch.innovation[: value.shape[0]] if schedule.tied else value
     if schedule.overwrites:
         innovation = found.query
     with aside(device) if schedule.together else nullcontext():
-        scans.recompute_scan(key, value, prepared, schedule.layout, initial_state=state,
+        scans.recompute_scan(key, value, prepared, group.layout, initial_state=state,
                              entry_states=scratch.entry_states, innovation=innovation)  # fmt: skip
     d_state = d_final_state
     if cut is not None:
@@ -132,16 +144,16 @@ def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch,
         exit_gradients(kept.flows, scratch.sources, prepared.total, cut, d_state, tied=schedule.tied,
                        into=scratch.carried)  # fmt: skip
         d_state = scratch.carried
-    for number, piece in enumerate(reversed(schedule.pieces)):
-        first = piece is schedule.pieces[0]
+    for number, piece in enumerate(reversed(group.pieces)):
+        first = piece is group.pieces[0]
         q, k, b, g, do, r, dv, *into = map(piece.tokens_of, (query, key, beta, log_decay, d_output, innovation,
                                                              found.value, found.query, found.key, found.beta,
                                                              found.log_decay))  # fmt: skip
-        part = type(prepared)(*map(piece.chunks_of, prepared))
+        part = Prepared(*map(piece.chunks_of, prepared))
         exits = scratch.exit_gradients[: piece.layout.count]
         d_entry = found.initial_state if first else scratch.carried[number % 2]
         scans.reverse_scan(
-            q, k, do, part, piece.layout if cut is None else schedule.layout, scale=scale, d_final_state=d_state,
+            q, k, do, part, group.layout if cut is not None else piece.layout, scale=scale, d_final_state=d_state,
             exit_gradients=exits, d_value=dv, d_initial_state=d_entry,
             begun=None if cut is None else cut.begun)  # fmt: skip
         d_state = d_entry

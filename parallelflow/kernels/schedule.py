@@ -13,6 +13,7 @@ from torch import Tensor
 from . import gradient as portable_gradient
 from . import prepare as portable_prepare
 from . import scan as portable_scan
+from . import segments
 from .arena import Arena
 from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
 from .launch import Remembered
@@ -33,6 +34,24 @@ class Piece(NamedTuple):
     def tokens_of(self, tensor: Any) -> Any:
         """Its tokens of ``[B, T, …]`` (None of None)."""
         return tensor if self.tokens is None or tensor is None else tensor[:, self.tokens]
+
+    def chunks_of(self, tensor: Any) -> Any:
+        """Its chunks of ``[M, …]`` (None of None)."""
+        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
+
+
+class Group(NamedTuple):
+    """Sequences of a batch and their chunks (None: all there are), how those lie, and the pieces of time in which the
+    reverse scan halts for the gradients."""
+
+    sequences: slice | None
+    chunks: slice | None
+    layout: Chunks
+    pieces: list[Piece]
+
+    def sequences_of(self, tensor: Any) -> Any:
+        """Its sequences of ``[B, …]`` or ``[N, …]`` (None of None)."""
+        return tensor if self.sequences is None or tensor is None else tensor[self.sequences]
 
     def chunks_of(self, tensor: Any) -> Any:
         """Its chunks of ``[M, …]`` (None of None)."""
@@ -89,9 +108,9 @@ class Schedule:
         programs = value.shape[2] * self.scans.tiles(key, value, tied)
         self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)
         self.layout = chunks if self.segments is None else self.segments.layout
-        self.together = query.is_cuda and self.layout.sequences * programs <= HALF_OF_A_CARD
         self.overwrites = tied and self.gradient.may_overwrite(query, value)
-        self.pieces = self._pieces()
+        self.groups = self._groups(programs, segments.processors(query.device))
+        self.together = query.is_cuda and self.groups[0].layout.sequences * programs <= HALF_OF_A_CARD
         self.kept_bytes, self.scratch_bytes = Arena(), Arena()
         self.kept(self.kept_bytes)
         self.scratch(self.scratch_bytes)
@@ -107,13 +126,28 @@ class Schedule:
             return None
         return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, batch_invariant, device)
 
-    def _pieces(self) -> list[Piece]:
-        """Where the reverse scan halts for the gradients, so that its states need not all be there at once: one long
-        sequence in pieces whose states take at most LARGEST_STATES bytes; whole batches and segments in one piece."""
-        chunks, value = self.chunks, self.value
+    def _groups(self, programs: int, processors: int) -> list[Group]:
+        """The backward pass goes through a batch that more than fills the card a cardful at a time, so that the states
+        need not all be there at once; results are the same to the bit."""
+        chunks = self.chunks
+        size = min(max(1, processors // programs), chunks.sequences)
+        if chunks.packed or self.segments is not None or self._bytes_of_states(chunks.count) <= LARGEST_STATES:
+            size = chunks.sequences
+        if size == chunks.sequences:
+            return [Group(None, None, self.layout, self._pieces(chunks))]
+        groups = []
+        for first in range(0, chunks.sequences, size):
+            count = min(size, chunks.sequences - first)
+            layout = regular_chunks(count, chunks.time, chunks.size)
+            rows = slice(first * chunks.per_sequence, (first + count) * chunks.per_sequence)
+            groups.append(Group(slice(first, first + count), rows, layout, self._pieces(layout)))
+        return groups
+
+    def _pieces(self, chunks: Chunks) -> list[Piece]:
+        """Where the reverse scan halts for the gradients: one long sequence in pieces whose states take at most
+        LARGEST_STATES bytes; whole groups and segments in one piece."""
         size, count, time = chunks.size, chunks.count, chunks.time
-        bytes_of_states = count * prod(value.shape[2:]) * self.query.shape[3] * value.element_size()
-        parts = -(-bytes_of_states // LARGEST_STATES)
+        parts = -(-self._bytes_of_states(count) // LARGEST_STATES)
         if chunks.packed or chunks.sequences != 1 or parts <= 1 or self.segments is not None:
             return [Piece(None, None, chunks)]
         bounds = [count * part // parts for part in range(parts + 1)]
@@ -122,6 +156,9 @@ class Schedule:
                   regular_chunks(1, min(last * size, time) - first * size, size))
             for first, last in pairwise(bounds)
         ]  # fmt: skip
+
+    def _bytes_of_states(self, count: int) -> int:
+        return count * prod(self.value.shape[2:]) * self.query.shape[3] * self.value.element_size()
 
     def kept(self, arena: Arena) -> Kept:
         """The arrays of the forward pass."""
@@ -137,15 +174,17 @@ class Schedule:
         """The arrays of the backward pass that do not outlive it."""
         value, dtype = self.value, self.value.dtype
         heads, v, k = *value.shape[2:], self.query.shape[3]
-        largest = max(piece.layout.count for piece in self.pieces)
-        entry_states = arena.empty(self.chunks.count, heads, v, k, dtype=dtype)
+        largest = max(piece.layout.count for group in self.groups for piece in group.pieces)
+        chunks = self.chunks if self.segments is not None else self.groups[0].layout
+        entry_states = arena.empty(chunks.count, heads, v, k, dtype=dtype)
         innovation = carried = sources = exit_gradients = arena.empty(largest, heads, v, k, dtype=dtype)
         if self.tied and not self.overwrites:
-            innovation = arena.empty(*value.shape, dtype=dtype)
+            batch = value.shape[0] if chunks.packed else chunks.sequences
+            innovation = arena.empty(batch, *value.shape[1:], dtype=dtype)
         if self.segments is not None:
             carried = arena.empty(self.layout.sequences, heads, k, v, dtype=torch.float32)
             sources = arena.empty(self.segments.flows, heads, k, v, dtype=torch.float32)
-        elif len(self.pieces) > 1:
+        elif any(len(group.pieces) > 1 for group in self.groups):
             carried = arena.empty(2, 1, heads, k, v, dtype=torch.float32)
         sums = self.gradient.vacant_sums(arena, self.query, value, largest, self.chunks.size)
         return Scratch(entry_states, innovation, exit_gradients, carried, sources, sums)
