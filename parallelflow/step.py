@@ -19,7 +19,9 @@ from parallelflow import functional
 from parallelflow.checks import expect_tensor, nearest
 from parallelflow.integrate import Result
 
-_OPTIONS = ("scale", "normalize_query_key", "discretization", "validate")
+_OPTIONS = (
+    "scale", "normalize_query_key", "discretization", "validate", "backend", "state_indices", "in_place",
+)  # fmt: skip
 
 
 def _single(model: Callable[..., Any]) -> Callable[..., Result]:
