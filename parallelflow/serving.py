@@ -112,7 +112,7 @@ def through(engine: Engine, inputs: Inputs, store: Store, cu_seqlens: Tensor | N
         # Padding writes to slot 0 what is to stand there in any case, so that no shape depends on the numbers.
         assert valid is not None
         first = store.indices == 0
-        own = torch.where(first.any(), final[first.int().argmax()], held[0])
+        own = torch.where(first.any(), final.index_select(0, first.int().argmax().reshape(1)), held[:1])
         held.index_copy_(0, store.indices.clamp(min=0).long(), torch.where(valid[:, None, None, None], final, own))
     return output, held
 

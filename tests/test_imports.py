@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("autograd",),
     ("serving",),
     ("integrate",),
-    ("functional",),
+    ("functional", "again"),
     ("step", "paths"),
     ("nn",),
     ("models",),

@@ -6,6 +6,7 @@ same bits alone and in any batch.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ def fits(states: Tensor | None) -> bool:
 
 
 class Plan(NamedTuple):
-    """What follows from shapes, dtypes, strides and structure: the launch, short of its tensors."""
+    """What follows from shapes, dtypes, strides and structure: the launch, short of its tensors. ``slots`` has for each
+    of the kernel's factors its slot of the inputs, or -1, and whether it is read where it lies."""
 
     launch: Any
     programs: int
@@ -54,6 +56,23 @@ class Plan(NamedTuple):
     scale: float
     output: tuple[int, ...]
     final: tuple[int, ...]
+    time: int
+    states_stride: int
+    final_stride: int
+
+
+class Launched(NamedTuple):
+    """A launch that was made, for who wants to make it again: ``tensors`` are the kernel's, in its order."""
+
+    plan: Plan
+    tensors: tuple[Tensor | None, ...]
+
+
+watched: ContextVar[list[Launched] | None] = ContextVar("watched", default=None)
+"""Where set, a list to which launches are added."""
+
+OUTPUT, FINAL = 12, 11
+"""The places of what is made anew among the kernel's tensors."""
 
 
 def forward(
@@ -83,19 +102,17 @@ def forward(
     if plan is None:
         plan = decided[key] = _plan(inputs, traits, sequences, cu_seqlens is not None, in_place)
     output = torch.empty(plan.output, dtype=query.dtype, device=query.device)
-    if in_place:
-        assert states is not None
-        final = states
-    else:
-        final = torch.empty(plan.final, dtype=torch.float32, device=query.device)
-    arguments = [
+    final = states if in_place else torch.empty(plan.final, dtype=torch.float32, device=query.device)
+    assert final is not None
+    factors = [
         None if slot < 0 else inputs[slot] if dense else inputs[slot].contiguous()  # type: ignore[union-attr]
         for slot, dense in plan.slots
     ]
-    plan.launch(
-        plan.programs, *arguments, states, final, output, state_indices, accepted_tokens, cu_seqlens, query.shape[1],
-        0 if states is None else states.stride(0), final.stride(0), plan.scale,
-    )  # fmt: skip
+    tensors = (*factors, states, final, output, state_indices, accepted_tokens, cu_seqlens)
+    plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
+    launches = watched.get()
+    if launches is not None:
+        launches.append(Launched(plan, tensors))
     return output, final
 
 
@@ -135,10 +152,12 @@ def _plan(inputs: Inputs, traits: Traits, sequences: int, packed: bool, in_place
     )  # fmt: skip
     tiles = -(-value_dim // tile_values)
     scale = key_dim**-0.5 if traits.scale is None else traits.scale
-    state = (value_heads, key_dim, value_dim)
+    states = inputs.initial_state
+    states_stride = 0 if states is None else states.stride(0)
+    final_stride = states_stride if in_place else value_heads * key_dim * value_dim
     return Plan(
         launch, sequences * value_heads * tiles, tuple(slots), scale, (batch, time, value_heads, value_dim),
-        (sequences, *state),
+        (sequences, value_heads, key_dim, value_dim), time, states_stride, final_stride,
     )  # fmt: skip
 
 
