@@ -158,6 +158,8 @@ def integrate(
         plan = Plan(int(chunk_size), solver, aggregate)
         decided[choice] = plan, _choose_short(backend, inputs, traits, plan)
     plan, is_short = decided[choice]
+    if torch.compiler.is_compiling() and store.plain and query.shape[1] != 1:
+        is_short = False  # a graph of many lengths is not split at 64 tokens
     is_short = is_short and nothing_to_record(inputs)
     on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
