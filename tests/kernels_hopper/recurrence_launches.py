@@ -36,7 +36,7 @@ def compile_launch(self, programs, *arguments):
     types, constants, divisible = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value, general = bound[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (value == 1 and type(value) is int and not general):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not general):
             types[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = f"*{NAMES[value.dtype]}"
