@@ -97,9 +97,10 @@ def _launch(launches: list[serving.Launched], arguments: tuple, result: Result) 
     plan, used = launches[0]
     places: dict[int, int] = {}
     for place, argument in enumerate(arguments):
-        if isinstance(argument, Tensor):
-            if type(argument) not in PLAIN or places.setdefault(argument.data_ptr(), place) != place:
-                return None
+        if not isinstance(argument, Tensor):
+            continue
+        if type(argument) not in PLAIN or places.setdefault(argument.data_ptr(), place) != place:
+            return None
     output, final = used[serving.OUTPUT], used[serving.FINAL]
     assert output is not None
     assert final is not None

@@ -129,9 +129,10 @@ def integrate(
     """
     if not isinstance(driver, LowRankDriver | DriverSource):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
+    store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):
-        stored = Store(state_indices, None, in_place).stored
-        canonical(*_autocast(driver, query), initial_state, scale, stored)  # shapes are checked before rows are combined
+        # Shapes are checked before rows are combined.
+        canonical(*_autocast(driver, query), initial_state, scale, store.stored)
     driver = discretize(driver, discretization)
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
@@ -139,7 +140,6 @@ def integrate(
     expect_choice("solver", solver, SOLVERS)
     expect_choice("aggregate", aggregate, AGGREGATES)
     expect_choice("backend", backend, BACKENDS)
-    store = Store(state_indices, accepted_tokens, in_place)
     if state_positions is not None:
         if not store.plain:
             raise ValueError(
@@ -217,8 +217,8 @@ def _sequence_starts(
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     checking: bool,
-    on_host: bool = True,
-    store: Store = Store(),
+    on_host: bool,
+    store: Store,
 ) -> list[int] | None:
     """The packed sequences' boundaries on the host, checked; None for a regular batch, or where nobody needs them."""
     batch, time = inputs.query.shape[:2]
@@ -302,7 +302,7 @@ def _with_states(
     On packed sequences a position counts tokens of the line; its state is that of the sequence it ends in.
     """
     inputs = canonical(driver, query, initial_state, None).inputs
-    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
+    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True, True, Store())
     time = query.shape[1]
     try:
         places = [operator.index(position) for position in positions]

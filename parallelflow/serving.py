@@ -1,7 +1,7 @@
 """States that live in a store: read from slots, updated in place, kept after the tokens that were accepted.
 
-``through`` does it around any engine, in plain tensor algebra, and specifies what the kernel for short sequences does in
-one launch (``advance``). Neither waits for the device.
+``through`` does it around any engine, in plain tensor algebra, and specifies what the kernel for short sequences does
+in one launch (``advance``). Neither waits for the device.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Store(NamedTuple):
         if self.indices is not None and initial_state is not None:
             slots, chosen = initial_state.shape[0], self.indices.tolist()
             if any(not -1 <= slot < slots for slot in chosen):
-                raise ValueError(f"state_indices: got {chosen}, expected slots from 0 to {slots - 1}, or -1 for padding")
+                raise ValueError(
+                    f"state_indices: got {chosen}, expected slots from 0 to {slots - 1}, or -1 for padding"
+                )
             real = [slot for slot in chosen if slot >= 0]
             if self.in_place and len(set(real)) < len(real):
                 raise ValueError(f"state_indices: got {chosen}, expected each slot once, as all are updated in place")

@@ -86,7 +86,8 @@ def recurrence_kernel(query, read, read_coefficient, write, value, value_coeffic
                       SEQUENTIAL: tl.constexpr, RAW: tl.constexpr, SINGLE: tl.constexpr, IN_PLACE: tl.constexpr,
                       ):  # fmt: skip
     """ROWS has for each of a token's rows, in order, its number among those that read, or -1 less its number among
-    those that only write. SINGLE: each sequence is one token. IN_PLACE: ``final_states`` has the slots of ``states``."""
+    those that only write. SINGLE: each sequence is one token. IN_PLACE: ``final_states`` has the slots of ``states``.
+    ``accepted``: the state is stored after so many tokens."""
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % HV
@@ -150,7 +151,7 @@ def recurrence_kernel(query, read, read_coefficient, write, value, value_coeffic
         state = new
         o = tl.sum(q[:, None] * state, 0) * scale
         tl.store(into + t * (HV * V), o.to(output.dtype.element_ty), mask=v_inside)
-        if accepted is not None:
+        if accepted is not None:  # noqa: SIM102 (decided when the kernel is compiled)
             if t + 1 == last:
                 tl.store(target, state.to(final_states.dtype.element_ty), mask=inside)
     if accepted is None:

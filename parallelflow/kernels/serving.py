@@ -1,7 +1,7 @@
 """Short sequences without gradients on the recurrence's own kernel: what it serves, and its launch.
 
-It is bound by the states, read once and written once. Its tiles depend on K, V and the rows alone, so a sequence has the
-same bits alone and in any batch.
+It is bound by the states, read once and written once. Its tiles depend on K, V and the rows alone, so a sequence has
+the same bits alone and in any batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What PyTorch does with functions, done with the kernels: compiled, captured, autocast, checkpointed, exported, mapped.
+"""What PyTorch does with functions, done with the kernels: compiled, captured, cast, checkpointed, exported, mapped.
 
 Without a GPU in Triton's interpreter, what needs no GPU.
 """
