@@ -36,6 +36,7 @@ class Case(NamedTuple):
 
 CASES = {
     "in place": {},
+    "alone": {"indices": [3]},
     "slots": {"indices": [4, 0, 2]},
     "padding": {"indices": [-1, 3, -1]},
     "padding beside slot 0": {"indices": [0, -1, 5]},
@@ -49,6 +50,8 @@ CASES = {
 def case_of(model: Model, name: str, sizes: Sizes = SIZES, **options: Any) -> Case:
     """The model's inputs and a store for one of the cases."""
     chosen = CASES[name]
+    if name == "alone":
+        sizes = sizes._replace(batch=1)
     if "bounds" in chosen:
         sizes = sizes._replace(batch=1, length=chosen["bounds"][-1])
     slots = 6 if "indices" in chosen else sizes.batch

@@ -10,8 +10,9 @@ pytest.importorskip("triton")
 import parallelflow as pf
 from parallelflow.kernels import serving
 from tests.cases import STRUCTURES, by_name, token
-from tests.stores import SIZES
+from tests.stores import SIZES as WIDER
 
+SIZES = WIDER._replace(value_heads=1, key_size=8, value_size=8)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DELTA = next(model for model in STRUCTURES if model.name == "gated_delta_rule")
 COMPUTED = ("linear_attention-normalized",)

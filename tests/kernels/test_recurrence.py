@@ -34,21 +34,23 @@ def moved(inputs, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=by_name)
 def test_every_driver(model, dtype, counted):
-    check_within_budget(model, case_of(model, "slots"), dtype, torch.float32, DEVICE, backend="triton")
+    case = case_of(model, "slots", SIZES._replace(length=3))
+    check_within_budget(model, case, dtype, torch.float32, DEVICE, backend="triton")
     assert counted
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_store(name, stored, counted):
-    check_within_budget(DELTA, case_of(DELTA, name), torch.float32, stored, DEVICE, backend="triton")
+    case = case_of(DELTA, name, SIZES._replace(value_heads=1))
+    check_within_budget(DELTA, case, torch.float32, stored, DEVICE, backend="triton")
     assert counted
 
 
 @pytest.mark.parametrize("name", ["padding", "packed and accepted"])
 @pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_padding_writes_nothing(model, name):
-    case = case_of(model, name)
+    case = case_of(model, name, SIZES._replace(length=2, value_heads=1))
     output, store = check_within_budget(model, case, torch.float32, torch.float32, DEVICE, backend="triton")
     unused = sorted(set(range(6)) - set(case.indices))
     assert torch.equal(store[unused].cpu(), case.store[unused].float())
@@ -66,13 +68,13 @@ def test_grouped_heads(model, heads):
 @pytest.mark.parametrize(("keys", "values"), [(1, 1), (7, 70), (100, 33), (300, 20)])
 @pytest.mark.parametrize("model", FEW, ids=by_name)
 def test_sizes_that_are_no_power_of_two(model, keys, values):
-    sizes = SIZES._replace(key_size=keys, value_size=values, length=2)
-    check_within_budget(model, case_of(model, "slots", sizes), torch.float32, torch.float32, DEVICE, backend="triton")
+    sizes = SIZES._replace(batch=1, key_size=keys, value_size=values, length=2)
+    check_within_budget(model, case_of(model, "alone", sizes), torch.float32, torch.float32, DEVICE, backend="triton")
 
 
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_hostile_inputs(model):
-    case = case_of(model, "slots", SIZES._replace(value_heads=1))
+    case = case_of(model, "alone", SIZES._replace(batch=1, value_heads=1))
     for kind in hostile_kinds(case.inputs):
         hurt = case._replace(inputs=hostile_inputs(case.inputs, kind))
         check_within_budget(model, hurt, torch.float32, torch.float32, DEVICE, backend="triton")
@@ -91,10 +93,10 @@ def test_sixty_four_tokens_and_one_more(model, counted):
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_token_by_token_has_the_bits_of_all_at_once(model):
     """And of any number of them accepted, of any batch, and of a packed line."""
-    sizes = SIZES._replace(length=3, value_heads=1)
+    sizes = SIZES._replace(batch=2, length=2, value_heads=1)
     inputs = moved(model.inputs(sizes))
     store = moved({"state": model.initial_state(sizes, sequences=6)})["state"]
-    indices = torch.tensor([4, 0, 2], device=DEVICE)
+    indices = torch.tensor([4, 0], device=DEVICE)
     options = {"initial_state": store, "state_indices": indices, "return_final_state": True, "backend": "triton"}
     whole = model(inputs, **options)
     steps, outputs = store.clone(), []
@@ -111,7 +113,7 @@ def test_token_by_token_has_the_bits_of_all_at_once(model):
     assert torch.equal(result.output[0], whole.output[1])
     assert torch.equal(result.final_state[0], whole.final_state[1])
     line = {name: x if x.dim() == 1 else x.flatten(0, 1)[None] for name, x in inputs.items()}
-    bounds = torch.arange(4, dtype=torch.int32, device=DEVICE) * sizes.length
+    bounds = torch.arange(3, dtype=torch.int32, device=DEVICE) * sizes.length
     packed = model(line, cu_seqlens=bounds, **options)
     assert torch.equal(packed.output[0], whole.output.flatten(0, 1))
     assert torch.equal(packed.final_state, whole.final_state)
@@ -119,14 +121,14 @@ def test_token_by_token_has_the_bits_of_all_at_once(model):
 
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_many_steps_on_a_store(model):
-    """Forty steps of rows that come and go leave what each slot's own sequence leaves."""
-    sizes = SIZES._replace(batch=2, length=40, value_heads=1, key_size=8, value_size=8)
+    """Many steps of rows that come and go leave what each slot's own sequence leaves."""
+    sizes = SIZES._replace(batch=2, length=20, value_heads=1, key_size=8, value_size=8)
     inputs = model.inputs(sizes)
     store = model.initial_state(sizes, sequences=3).float().to(DEVICE)
     states = {slot: store[slot : slot + 1].double().cpu() for slot in range(3)}
     single = moved(inputs)
     for t in range(sizes.length):
-        slots = [(t // 7) % 3, -1 if t % 5 == 0 else (t // 7 + 1) % 3]
+        slots = [(t // 4) % 3, -1 if t % 5 == 0 else (t // 4 + 1) % 3]
         indices = torch.tensor(slots, device=DEVICE)
         model.step(token(single, t), state=store, state_indices=indices, in_place=True, backend="triton")
         for row, slot in enumerate(slots):
@@ -135,12 +137,12 @@ def test_many_steps_on_a_store(model):
                 states[slot] = model.oracle(part, initial_state=states[slot]).final_state
     for slot, state in states.items():
         error = (store[slot : slot + 1].cpu().double() - state).norm() / state.norm()
-        assert error < 40 * torch.finfo(torch.float32).eps
+        assert error < 20 * torch.finfo(torch.float32).eps
 
 
 def test_factors_are_read_where_they_lie(monkeypatch):
     """Heads that are cut from one projection, a decay that is expanded: nothing is copied."""
-    copies = []
+    copies: list[torch.Tensor] = []
     contiguous = torch.Tensor.contiguous
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copies.append(x) or contiguous(x))
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +154,8 @@ def test_factors_are_read_where_they_lie(monkeypatch):
     turned = [torch.stack(x.unbind(2), 1).transpose(1, 2) for x in (query, key, value)]  # heads before tokens
     assert torch.equal(pf.retention(*turned, decay, backend="triton").output, found)
     assert copies
+    longer = [torch.cat([x, x.flip(1)], 1)[:, :4] for x in (query, key, value)]  # batches farther apart than tokens
+    assert torch.equal(pf.retention(*longer, decay, backend="triton").output, found)
     monkeypatch.undo()
     expected = pf.retention(query, key, value, decay, backend="torch").output
     assert (found - expected).norm() <= 1e-6 * expected.norm()
@@ -177,7 +181,7 @@ def test_what_it_does_not_serve(counted):
 @pytest.mark.parametrize("name", ["slots", "packed and accepted"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_kernel_compiles_into_one_graph(name, in_place, counted):
-    case = case_of(DELTA, name)
+    case = case_of(DELTA, name, SIZES._replace(length=2, value_heads=1))
     inputs, options = moved(case.inputs), case.options(DEVICE)
 
     def call(inputs, store):

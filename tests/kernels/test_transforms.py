@@ -22,8 +22,8 @@ COMPILER = "inductor" if GPU else "aot_eager"
 SERVED = tuple(m for m in STRUCTURES if m.name in {"gated_delta_rule", "delta_rule", "retention"})
 """Of those whose chunks the kernels compute."""
 DELTA = next(model for model in STRUCTURES if model.name == "gated_delta_rule")
-SIZES = Sizes(2, 200, 2, 4, 64, 64) if GPU else Sizes(2, 70, 1, 2, 16, 16)
-SHORT = SIZES._replace(length=3)
+SIZES = Sizes(2, 200, 2, 4, 64, 64) if GPU else Sizes(1, 70, 1, 2, 16, 16)
+SHORT = SIZES._replace(batch=2, length=3)
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 
 
