@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 import parallelflow as pf
+from parallelflow.again import Calls
 from parallelflow.kernels import serving
 from tests.cases import STRUCTURES, by_name, token
 from tests.stores import SIZES as WIDER
@@ -85,6 +86,8 @@ def test_dtypes_are_seen():
     assert step(DELTA, halves, state).output.dtype == torch.bfloat16
     with pytest.raises(TypeError, match="key"):
         step(DELTA, inputs | {"key": inputs["key"].bfloat16()}, state)
+    for _ in range(2):
+        step(DELTA, inputs, state, in_place=True)
     with pytest.raises(TypeError, match="in_place"):
         step(DELTA, inputs, state, in_place=1)
 
@@ -139,6 +142,25 @@ def test_a_store_is_used_again(forwards):
         assert torch.allclose(found.output, wanted.output, atol=1e-5)
         assert torch.allclose(store, expected, atol=1e-5)
     assert len(forwards) == 1
+
+
+def test_what_is_done_with_the_output_is_done_each_time(forwards):
+    """A function whose result is not what the kernel wrote."""
+    inputs, state = draw(DELTA, 0)
+    calls = Calls()
+    for _ in range(2):
+        plain = step(DELTA, inputs, state)
+        forwards.clear()
+        options = {"backend": "triton", "validate": False, "return_final_state": True, "initial_state": state}
+        tokens = {name: x.unsqueeze(1) for name, x in inputs.items()}
+
+        def twice(tokens=tokens, options=options):
+            found = DELTA(tokens, **options)
+            return found._replace(output=2 * found.output.squeeze(1))
+
+        result = calls(twice, ("validate",), (*inputs.values(), state, False))
+        assert torch.equal(result.output, 2 * plain.output)
+        assert len(forwards) == 1
 
 
 def test_a_models_own_step_is_computed_each_time(forwards):

@@ -154,6 +154,9 @@ def test_factors_are_read_where_they_lie(monkeypatch):
     turned = [torch.stack(x.unbind(2), 1).transpose(1, 2) for x in (query, key, value)]  # heads before tokens
     assert torch.equal(pf.retention(*turned, decay, backend="triton").output, found)
     assert copies
+    copies.clear()
+    pf.retention(*(x[:1] for x in turned), decay, backend="triton")
+    assert copies  # or every length would be another kernel
     longer = [torch.cat([x, x.flip(1)], 1)[:, :4] for x in (query, key, value)]  # batches farther apart than tokens
     assert torch.equal(pf.retention(*longer, decay, backend="triton").output, found)
     monkeypatch.undo()
