@@ -9,8 +9,9 @@ all the way each time; so do those under autograd, function transforms, autocast
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from parallelflow.checks import Memory
 from parallelflow.integrate import Result
 from parallelflow.kernels import serving
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -32,6 +35,7 @@ class Launch(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     in_place: bool
+    final: bool
 
     def __call__(self, arguments: tuple) -> Result:
         plan = self.plan
@@ -43,7 +47,10 @@ class Launch(NamedTuple):
         else:
             final = tensors[serving.FINAL] = torch.empty(plan.final, dtype=torch.float32, device=self.device)
         plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
-        return Result(output, final)
+        if self.in_place:
+            assert final is not None
+            serving.note_change(final)
+        return Result(output, final if self.final else None)
 
 
 class Calls:
@@ -70,10 +77,34 @@ class Calls:
             serving.watched.reset(token)
         found = _launch(launches, arguments, result)
         if found is not None and _usual(found.device, arguments):
-            validate = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True)).get("validate")
-            if validate is False or (validate is None and found.device.type != "cpu"):  # else numbers are looked at
+            options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
+            if not _looks_at_numbers(options, found):
                 self._launches.keep(key, found)
         return result
+
+
+def remembered(model: Callable[P, R]) -> Callable[P, R]:
+    """The model function, whose calls on a store are remembered."""
+    calls = Calls()
+
+    @functools.wraps(model)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        if not options.get("in_place") and options.get("state_indices") is None:
+            return model(*arguments, **options)
+        whole: Any = functools.partial(model, *arguments, **options)
+        found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
+        return found
+
+    return call
+
+
+def _looks_at_numbers(options: dict[str, Any], launch: Launch) -> bool:
+    """Whether a call reads its tensors' numbers on the host: to check them, or to choose its way by boundaries."""
+    validate = options.get("validate")
+    checked = validate is not False and (validate is not None or launch.device.type == "cpu")
+    packed = options.get("cu_seqlens") is not None
+    bounds = packed and (launch.plan.time > serving.LONGEST or options.get("cu_seqlens_cpu") is not None)
+    return checked or bounds
 
 
 def _kind(argument: Any) -> object:
@@ -106,7 +137,7 @@ def _launch(launches: list[serving.Launched], arguments: tuple, result: Result) 
     assert final is not None
     if result.output.data_ptr() != output.data_ptr() or result.output.dtype != output.dtype:
         return None
-    if result.final_state is None or result.final_state.data_ptr() != final.data_ptr():
+    if result.final_state is not None and result.final_state.data_ptr() != final.data_ptr():
         return None
     in_place = final.data_ptr() in places
     made = {serving.OUTPUT} if in_place else {serving.OUTPUT, serving.FINAL}
@@ -118,4 +149,5 @@ def _launch(launches: list[serving.Launched], arguments: tuple, result: Result) 
     )
     if -2 in where:
         return None
-    return Launch(plan, where, tuple(result.output.shape), output.dtype, output.device, in_place)
+    returned = result.final_state is not None
+    return Launch(plan, where, tuple(result.output.shape), output.dtype, output.device, in_place, returned)

@@ -3,9 +3,10 @@
 ``query, key [B, H, K]``, ``value [B, HV, V]``, ``beta [B, HV]`` and so on (``delta_product`` keeps its R axis), and
 ``state [B, HV, K, V]``, the very state that the chunked functions take and return. Each returns
 ``Result(output [B, HV, V], final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``,
-``discretization`` (whose ``step``, if it is a tensor, keeps its time axis: ``[B, 1]`` or ``[B, 1, HV]``), ``backend``,
-``validate``; and ``state_indices`` and ``in_place``, with which ``state`` is a store ``[slots, HV, K, V]`` and is updated
-(see ``integrate``). The first call of a kind makes every check; later ones go straight to their launch.
+``discretization`` (whose ``step``, if it is a tensor, keeps its time axis: ``[B, 1]`` or ``[B, 1, HV]``),
+``backend``, ``validate``; and ``state_indices`` and ``in_place``, with which ``state`` is a store
+``[slots, HV, K, V]`` and is updated (see ``integrate``). The first call of a kind makes every check; later ones go
+straight to their launch.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _OPTIONS = (
 
 def _single(model: Callable[..., Any]) -> Callable[..., Result]:
     """The model's single-step form."""
+    model = inspect.unwrap(model)
     signature = inspect.signature(model)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     names = {parameter.name for parameter in own}

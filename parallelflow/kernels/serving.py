@@ -110,10 +110,18 @@ def forward(
     ]
     tensors = (*factors, states, final, output, state_indices, accepted_tokens, cu_seqlens)
     plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
+    if in_place:
+        note_change(final)
     launches = watched.get()
     if launches is not None:
         launches.append(Launched(plan, tensors))
     return output, final
+
+
+def note_change(tensor: Tensor) -> None:
+    """Tells autograd that a kernel has written a tensor, so that who saved it for a backward pass gets an error."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _plan(inputs: Inputs, traits: Traits, sequences: int, packed: bool, in_place: bool) -> Plan:

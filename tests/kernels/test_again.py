@@ -163,6 +163,33 @@ def test_what_is_done_with_the_output_is_done_each_time(forwards):
         assert len(forwards) == 1
 
 
+def test_calls_of_several_tokens_on_a_store(forwards):
+    """Of a batch, of drafts, of a short line; boundaries on the host are looked at each time."""
+    sizes = SIZES._replace(length=4)
+    store = DELTA.initial_state(sizes, sequences=5).float().to(DEVICE)
+    number = lambda *numbers: torch.tensor(numbers, device=DEVICE)  # noqa: E731
+    bounds = torch.tensor([0, 1, 4], dtype=torch.int32)
+    ways = {
+        "batch": ({"state_indices": number(3, 1, -1)}, 3, 0),
+        "drafts": ({"state_indices": number(3, 1, 0), "accepted_tokens": number(0, 4, 2)}, 3, 0),
+        "line": ({"state_indices": number(2, 1), "cu_seqlens": bounds.to(DEVICE)}, 1, 0),
+        "bounds": ({"state_indices": number(2, 1), "cu_seqlens": bounds.to(DEVICE), "cu_seqlens_cpu": bounds}, 1, 1),
+    }
+    for options, batch, again in ways.values():
+        for seed in range(2):
+            inputs = DELTA.inputs(sizes._replace(batch=batch), seed=seed)
+            inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
+            options |= {"in_place": True, "validate": False}
+            wanted = store.clone()
+            reference = DELTA(inputs, initial_state=wanted, backend="torch", **options)
+            forwards.clear()
+            found = DELTA(inputs, initial_state=store, backend="triton", **options)
+            assert len(forwards) == (1 if seed == 0 else again)
+            assert found.final_state is None
+            assert torch.allclose(found.output, reference.output, atol=1e-5)
+            assert torch.allclose(store, wanted, atol=1e-5)
+
+
 def test_a_models_own_step_is_computed_each_time(forwards):
     """Longhorn's β is made of its arguments."""
     for seed in range(2):

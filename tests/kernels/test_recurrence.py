@@ -181,6 +181,23 @@ def test_what_it_does_not_serve(counted):
     assert not counted
 
 
+def test_autograd_is_told_of_a_store_that_changed():
+    """The first call, and a remembered one; also under inference mode, which has no graph to protect."""
+    inputs = moved(token(DELTA.inputs(SIZES), 0))
+    for _ in range(2):
+        store = moved({"state": DELTA.initial_state(SIZES)})["state"]
+        weight = torch.ones_like(store).requires_grad_()
+        product = weight * store
+        with torch.no_grad():
+            DELTA.step(inputs, state=store, in_place=True, backend="triton", validate=False)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+    with torch.inference_mode():
+        store = moved({"state": DELTA.initial_state(SIZES)})["state"]
+        for _ in range(2):
+            DELTA.step(inputs, state=store, in_place=True, backend="triton", validate=False)
+
+
 @pytest.mark.parametrize("name", ["slots", "packed and accepted"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_kernel_compiles_into_one_graph(name, in_place, counted):
