@@ -91,7 +91,7 @@ def remembered(model: Callable[P, R]) -> Callable[P, R]:
     def call(*arguments: P.args, **options: P.kwargs) -> R:
         if not options.get("in_place") and options.get("state_indices") is None:
             return model(*arguments, **options)
-        whole: Any = functools.partial(model, *arguments, **options)
+        whole: Any = lambda: model(*arguments, **options)  # noqa: E731
         found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
         return found
 

@@ -185,11 +185,11 @@ def integrate(
 
 def _choose_short(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> bool:
     """Whether the kernel for short sequences takes this problem, where it is short and no gradient is recorded."""
-    if plan != Plan() or backend not in ("auto", "triton") or elsewhere("triton", inputs) is not None:
+    if backend not in ("auto", "triton") or elsewhere("triton", inputs) is not None:
         return False
     if backend == "auto" and inputs.query.device.type != "cuda":
         return False
-    return short.refusal(inputs, traits) is None
+    return plan == Plan() and short.refusal(inputs, traits) is None
 
 
 def _longest(query: Tensor, starts: list[int] | None) -> int:
