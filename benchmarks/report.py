@@ -44,7 +44,7 @@ def save(result: Result, path: Path) -> None:
 
 def merge(result: Result, rows: list[Row]) -> None:
     """Rows join the result; one of the same problem and library is replaced."""
-    key = lambda row: tuple(row.get(name) for name in (*PROBLEM, "library"))  # noqa: E731
+    key = lambda row: tuple(row.get(name) for name in (*PROBLEM, "state", "library"))  # noqa: E731
     kept = {key(row): row for row in result["rows"]} | {key(row): row for row in rows}
     result["rows"] = list(kept.values())
 
@@ -146,7 +146,37 @@ def _case(row: Row) -> tuple:
     return tuple(row.get(name) for name in (*PROBLEM, "dtype"))
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"gpu": gpu_table, "cpu": cpu_table}
+def decode_table(result: Result) -> str:
+    """A step of every library beside this one, by batch: microseconds on the card, part of the copy rate, ratio."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    header = ["model, heads, state", "library", *(f"batch {batch}" for batch in batches), "host µs"]
+    found: dict[str, dict[str, dict[int, Row]]] = {}
+    for row in result["rows"]:
+        title = f"`{row['op']}` {row['value_heads']} × {row['key_dim']}×{row['value_dim']}, {row['state']}"
+        found.setdefault(title, {}).setdefault(row["library"], {})[row["batch"]] = row
+    lines = []
+    for title, libraries in found.items():
+        for library in (name for name in NAMES if name in libraries):
+            cells = []
+            for batch in batches:
+                row, ours = libraries[library].get(batch), libraries.get(OURS, {}).get(batch)
+                if row is None:
+                    cells.append("–")
+                    continue
+                ratio = "" if library == OURS or ours is None else f", {row['step_us'] / ours['step_us']:.2f} ×"
+                cells.append(f"{number(row['step_us'])} µs, {100 * row['of_copy']:.0f} %{ratio}")
+            host = [row["host_us"] for row in libraries[library].values() if row["host_us"] is not None]
+            lines.append([title, NAMES[library], *cells, number(min(host, default=None))])
+            title = ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    note = (
+        f"One {result['card']}, one token a sequence, bfloat16, {versions}; % of the rate of a large copy, "
+        f"{result['ceilings']['copy_gb_s'] / 1000:.2f} TB/s; × is a library's time over ParallelFlow's."
+    )
+    return f"{note}\n\n{markdown(header, lines)}"
+
+
+TABLES: dict[str, Callable[[Result], str]] = {"gpu": gpu_table, "cpu": cpu_table, "decode": decode_table}
 """What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
 
 

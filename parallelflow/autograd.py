@@ -83,6 +83,18 @@ class Setting(NamedTuple):
         """The inputs with every slot filled."""
         return Inputs(*[untied[slot] for slot in self.ties])  # type: ignore[arg-type]
 
+    def untied(self, inputs: Inputs) -> list[Tensor | None]:
+        """The inputs with each tensor once."""
+        return [tensor if self.ties[slot] == slot else None for slot, tensor in enumerate(inputs)]
+
+    def with_ties(self, inputs: Inputs) -> Setting:
+        """The same with the inputs' ties."""
+        ties = list(range(SLOTS))
+        for slot, other in TIES:
+            if inputs[slot] is inputs[other]:
+                ties[slot] = other
+        return self._replace(ties=tuple(ties))
+
     def states(self, inputs: Inputs) -> tuple[int, int, int, int]:
         """The shape of the final states, ``[N, HV, K, V]``."""
         _, value_heads, key_dim, value_dim, _ = sizes_of(inputs)
@@ -113,7 +125,7 @@ class _Flow(torch.autograd.Function):
         saved, inputs = kept[:count], kept[count:]
         if d_output is None:  # only the final state was used
             d_output = inputs[0].new_zeros(ctx.output_shape)
-        if _nothing_to_record([d_output, d_final, *inputs]):
+        if nothing_to_record([d_output, d_final, *inputs]):
             return None, *ctx.setting.backward(Inputs(*inputs), list(saved), d_output, d_final)
         found = _FlowBackward.apply(ctx.setting, count, *saved, d_output, d_final, *inputs)
         gradients = iter(found)
@@ -236,7 +248,7 @@ def _unmerge(tensors: tuple, size: int) -> tuple[Tensor, ...]:
 # torch.compile: the same two functions as registered operators.
 
 
-class _Code(NamedTuple):
+class Code(NamedTuple):
     """A setting in the types that an operator takes."""
 
     flags: list[int]
@@ -247,14 +259,14 @@ class _Code(NamedTuple):
     names: str
 
     @staticmethod
-    def of(setting: Setting) -> _Code:
+    def of(setting: Setting) -> Code:
         traits, plan = setting.traits, setting.plan
         signs = [traits.read_sign, traits.value_sign, traits.lone_sign]
         flags = [int(traits.sequential), int(traits.raw), int(traits.tied), *signs, plan.chunk_size]
         flags.append(int(setting.batch_invariant))
         names = f"{plan.solver} {plan.aggregate} {setting.backend}"
         lists = (list(traits.positions), list(traits.lone_positions), list(setting.ties))
-        return _Code(flags, *lists, traits.scale, names)
+        return Code(flags, *lists, traits.scale, names)
 
     def setting(self, cu_seqlens: Tensor | None) -> Setting:
         sequential, raw, tied, read_sign, value_sign, lone_sign, chunk_size, batch_invariant = self.flags
@@ -293,7 +305,7 @@ def _integrate(
         query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
         log_decay, initial_state,
     )  # fmt: skip
-    code = _Code(flags, positions, lone_positions, ties, scale, names)
+    code = Code(flags, positions, lone_positions, ties, scale, names)
     setting = code.setting(cu_seqlens)
     output, final, carries = setting.forward(inputs, keep=setting.backend == "torch")
     assert final is not None
@@ -308,7 +320,7 @@ def _integrate(
 @_integrate.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
     untied, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
-    setting = _Code(*arguments[SLOTS + 1 :]).setting(None)
+    setting = Code(*arguments[SLOTS + 1 :]).setting(None)
     query, plan, backend = untied.query, setting.plan, setting.backend
     _, value_heads, key_dim, value_dim, dtype = sizes_of(setting.tied(untied))
     batch, time = query.shape[:2]
@@ -336,7 +348,7 @@ def _integrate_backward(
     scale: float | None,
     names: str,
 ) -> list[Tensor]:
-    code = _Code(flags, positions, lone_positions, ties, scale, names)
+    code = Code(flags, positions, lone_positions, ties, scale, names)
     filled: list[Tensor | None] = [None] * SLOTS
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
@@ -381,16 +393,13 @@ def run(
     final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and final states, differentiable; None may stand for states that are not asked for."""
-    ties = list(range(SLOTS))
-    untied: list[Tensor | None] = list(inputs)
-    for slot, other in TIES:
-        if inputs[slot] is inputs[other]:
-            ties[slot], untied[slot] = other, None
     need = final_state or torch.compiler.is_compiling() or _transformed()
-    setting = Setting(traits, plan, sequence_starts, backend, tuple(ties), batch_invariant, need)
+    setting = Setting(traits, plan, sequence_starts, backend, batch_invariant=batch_invariant, final=need)
+    setting = setting.with_ties(inputs)
+    untied = setting.untied(inputs)
     if torch.compiler.is_compiling():
-        output, final, _ = _integrate(*untied, cu_seqlens, *_Code.of(setting))
-    elif _nothing_to_record(untied):
+        output, final, _ = _integrate(*untied, cu_seqlens, *Code.of(setting))
+    elif nothing_to_record(untied):
         output, final, _ = setting.forward(Inputs(*untied), keep=False)  # type: ignore[arg-type]
     elif _transformed():
         output, final, *_ = _Flow.apply(setting, *untied)
@@ -401,7 +410,7 @@ def run(
 
 def advance(inputs: Inputs, traits: Traits, backend: str) -> tuple[Tensor, Tensor]:
     """Output and state after one token (T = 1): plain operations, or the CPU's kernel where nobody records them."""
-    if backend != "cpu" or torch.compiler.is_compiling() or not _nothing_to_record(inputs):
+    if backend != "cpu" or torch.compiler.is_compiling() or not nothing_to_record(inputs):
         return recurrence.advance(inputs.stacked(), traits)
     from parallelflow.kernels.backend import step
 
@@ -410,10 +419,12 @@ def advance(inputs: Inputs, traits: Traits, backend: str) -> tuple[Tensor, Tenso
 
 def _transformed() -> bool:
     """Whether a function transform or forward-mode differentiation is active."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:
+def nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:
     """Whether neither autograd nor a function transform watches these tensors."""
     if _transformed():
         return False

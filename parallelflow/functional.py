@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from parallelflow import drivers
+from parallelflow.again import remembered
 from parallelflow.checks import check_layouts, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
@@ -32,6 +33,7 @@ class Options(IntegrateOptions, total=False):
 OPTION_NAMES = sorted({*IntegrateOptions.__annotations__, *Options.__annotations__})
 
 
+@remembered
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalize: bool = False, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -57,6 +59,7 @@ def linear_attention(
     return result._replace(output=(numerator / torch.where(denominator == 0, 1, denominator)).to(dtype))
 
 
+@remembered
 def retention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -71,6 +74,7 @@ def retention(
     return integrate(drivers.retention(key, value, log_decay), query, **rest)
 
 
+@remembered
 def lightning_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -85,6 +89,7 @@ def lightning_attention(
     return integrate(drivers.lightning_attention(key, value, log_decay), query, **rest)
 
 
+@remembered
 def ssd(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -100,6 +105,7 @@ def ssd(
     return integrate(drivers.ssd(key, value, log_decay), query, **rest)
 
 
+@remembered
 def gated_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -114,6 +120,7 @@ def gated_linear_attention(
     return integrate(drivers.gated_linear_attention(key, value, log_decay), query, **rest)
 
 
+@remembered
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -126,6 +133,7 @@ def delta_rule(
     return integrate(drivers.delta_rule(key, value, beta), query, **rest)
 
 
+@remembered
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -139,6 +147,7 @@ def gated_delta_rule(
     return integrate(drivers.gated_delta_rule(key, value, beta, log_decay), query, **rest)
 
 
+@remembered
 def gated_delta_rule_2(
     query: Tensor,
     key: Tensor,
@@ -165,6 +174,7 @@ def gated_delta_rule_2(
     return integrate(drivers.gated_delta_rule_2(key, value, erase, write, log_decay), query, **rest)
 
 
+@remembered
 def kimi_delta_attention(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -178,6 +188,7 @@ def kimi_delta_attention(
     return integrate(drivers.kimi_delta_attention(key, value, beta, log_decay), query, **rest)
 
 
+@remembered
 def comba(
     query: Tensor,
     key: Tensor,
@@ -201,6 +212,7 @@ def comba(
     return integrate(drivers.comba(key, value, beta, log_decay, removal_key), query, **rest)
 
 
+@remembered
 def delta_product(
     query: Tensor,
     key: Tensor,
@@ -226,6 +238,7 @@ def delta_product(
     return integrate(drivers.delta_product(key, value, beta, log_decay), query, **rest)
 
 
+@remembered
 def rwkv7(
     query: Tensor,
     key: Tensor,
@@ -253,6 +266,7 @@ def rwkv7(
     return integrate(drivers.rwkv7(key, value, log_decay, read, write), query, **rest)
 
 
+@remembered
 def longhorn(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -266,6 +280,7 @@ def longhorn(
     return integrate(drivers.longhorn(key, value, beta), query, **rest)
 
 
+@remembered
 def efla(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
@@ -279,6 +294,7 @@ def efla(
     return integrate(drivers.efla(key, value, beta), query, **rest)
 
 
+@remembered
 def low_rank_flow(
     query: Tensor,
     value: Tensor,

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES
-from parallelflow.autograd import advance, run
+from parallelflow.autograd import advance, nothing_to_record, run
 from parallelflow.checks import expect_choice, expect_flag, expect_number, expect_positive_integer, expect_tensor, show
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
-from parallelflow.kernels.backend import fastest, refusal
+from parallelflow.kernels import serving as short
+from parallelflow.kernels.backend import elsewhere, fastest, refusal
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
+from parallelflow.serving import Store, through
+from parallelflow.serving import advance as advance_short
 from parallelflow.solvers import SOLVERS
 from parallelflow.torch_backend import Plan
 
@@ -45,6 +48,9 @@ class Options(TypedDict, total=False):
     scale: float | None
     initial_state: Tensor | None
     return_final_state: bool
+    state_indices: Tensor | None
+    in_place: bool
+    accepted_tokens: Tensor | None
     cu_seqlens: Tensor | None
     cu_seqlens_cpu: Tensor | None
     chunk_size: int
@@ -64,6 +70,9 @@ def integrate(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    state_indices: Tensor | None = None,
+    in_place: bool = False,
+    accepted_tokens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = 64,
@@ -85,9 +94,18 @@ def integrate(
         scale: None is ``K^-½``.
         initial_state: ``[N, HV, K, V]``, float32 or float64; None is zero. N is B, or the number of packed sequences.
         return_final_state: whether to return the state after each sequence's last token.
+        state_indices: ``[N]`` int32 or int64: ``initial_state`` is a store ``[slots, HV, K, V]``, and sequence n starts
+            from slot ``state_indices[n]``; -1 is padding: zeros come out, and nothing is written.
+        in_place: whether ``initial_state`` itself (of a store, the slots in use) becomes the final state, rounded to
+            its dtype, and is what is returned for it. Not where gradients are recorded. A state that is updated in
+            place, or a store, may also be bfloat16; all is computed in float32 nevertheless.
+        accepted_tokens: ``[N]`` int32 or int64: the final state is that after sequence n's first ``accepted_tokens[n]``
+            tokens; outputs are of all tokens. So tokens are verified with 0 (no state is written), and what was
+            accepted of them is run again, before the next ones, with its number.
         cu_seqlens: ``[N + 1]`` int32 or int64, the packed sequences' first tokens, then T; B must be 1. An empty
             sequence keeps its initial state.
-        cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation.
+        cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation (there is none either where
+            the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
         solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
@@ -95,7 +113,8 @@ def integrate(
             ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
             and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. Kernels serve one
             row a token, tied or only writing, with no or scalar decay, with ``chunk_size``, ``solver`` and
-            ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise.
+            ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise. Up to 64
+            tokens a sequence without gradients, ``triton`` and ``auto`` on a GPU serve every driver, by the recurrence.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
             nothing to gain, and their results do not change.
@@ -115,8 +134,10 @@ def integrate(
     """
     if not isinstance(driver, LowRankDriver | DriverSource):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
+    store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):
-        canonical(*_autocast(driver, query), initial_state, scale)  # shapes are checked before rows are combined
+        # Shapes are checked before rows are combined.
+        canonical(*_autocast(driver, query), initial_state, scale, store.stored)
     driver = discretize(driver, discretization)
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
@@ -126,30 +147,63 @@ def integrate(
     expect_choice("backend", backend, BACKENDS)
     expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
+        if not store.plain:
+            raise ValueError(
+                "state_positions: got some with state_indices, in_place or accepted_tokens, expected one or the other"
+            )
         return _with_states(
             driver, query, state_positions, cu_seqlens, cu_seqlens_cpu, initial_state, return_final_state,
             {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend,
              "batch_invariant": batch_invariant, "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
-    inputs, traits, decided = canonical(driver, query, initial_state, scale)
+    inputs, traits, decided = canonical(driver, query, initial_state, scale, store.stored)
     checking = may_read(query) if validate is None else validate
-    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
+    choice = (backend, chunk_size, solver, aggregate)
+    if choice not in decided:
+        plan = Plan(int(chunk_size), solver, aggregate)
+        decided[choice] = plan, _choose_short(backend, inputs, traits, plan)
+    plan, is_short = decided[choice]
+    if torch.compiler.is_compiling() and store.plain and query.shape[1] != 1:
+        is_short = False  # a graph of many lengths is not split at 64 tokens
+    is_short = is_short and nothing_to_record(inputs)
+    on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
+    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
     if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
         raise ValueError(
             "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
         )
-    choice = (backend, chunk_size, solver, aggregate)
-    if choice not in decided:
-        plan = Plan(int(chunk_size), solver, aggregate)
-        decided[choice] = plan, _choose(backend, inputs, traits, plan)
-    plan, tier = decided[choice]
-    final: Tensor | None
-    if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
-        output, final = advance(inputs, traits, tier)
+    if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored or short.fits(initial_state)):
+        said, state = advance_short(inputs, traits, store, cu_seqlens, decided)
+        return Result(said, state if return_final_state else None)
+    if (choice, "tier") not in decided:
+        decided[choice, "tier"] = _choose(backend, inputs, traits, plan)
+    tier = decided[choice, "tier"]
+
+    def engine(inputs: Inputs, final_state: bool = True) -> tuple[Tensor, Tensor | None]:
+        if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
+            return advance(inputs, traits, tier)
+        return run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, final_state)
+
+    if store.plain:
+        output, final = engine(inputs, return_final_state)
     else:
-        output, final = run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, return_final_state)
+        output, final = through(engine, inputs, store, cu_seqlens)
     return Result(output, final if return_final_state else None)
+
+
+def _choose_short(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> bool:
+    """Whether the kernel for short sequences takes this problem, where it is short and no gradient is recorded."""
+    if backend not in ("auto", "triton") or elsewhere("triton", inputs) is not None:
+        return False
+    if backend == "auto" and inputs.query.device.type != "cuda":
+        return False
+    return plan == Plan() and short.refusal(inputs, traits) is None
+
+
+def _longest(query: Tensor, starts: list[int] | None) -> int:
+    """A number that no sequence's length exceeds."""
+    return query.shape[1] if starts is None else max(last - first for first, last in pairwise(starts))
 
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
@@ -168,9 +222,14 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
 
 
 def _sequence_starts(
-    inputs: Inputs, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, checking: bool
+    inputs: Inputs,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    checking: bool,
+    on_host: bool,
+    store: Store,
 ) -> list[int] | None:
-    """The packed sequences' boundaries on the host, checked; None for a regular batch."""
+    """The packed sequences' boundaries on the host, checked; None for a regular batch, or where nobody needs them."""
     batch, time = inputs.query.shape[:2]
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
@@ -195,11 +254,13 @@ def _sequence_starts(
         if batch != 1:
             raise ValueError(f"cu_seqlens: got a query with batch {batch}, expected packed sequences in a batch of 1")
         sequences = cu_seqlens.shape[0] - 1
-    if inputs.initial_state is not None and inputs.initial_state.shape[0] != sequences:
+    if not store.plain:
+        store.check(inputs.initial_state, inputs.query, cu_seqlens, checking)
+    if inputs.initial_state is not None and store.indices is None and inputs.initial_state.shape[0] != sequences:
         raise ValueError(
             f"initial_state: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
         )
-    if cu_seqlens is None or torch.compiler.is_compiling():
+    if cu_seqlens is None or torch.compiler.is_compiling() or not (on_host or cu_seqlens_cpu is not None):
         return None
     starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
     if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
@@ -250,7 +311,7 @@ def _with_states(
     On packed sequences a position counts tokens of the line; its state is that of the sequence it ends in.
     """
     inputs = canonical(driver, query, initial_state, None).inputs
-    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True)
+    starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, True, True, Store())
     time = query.shape[1]
     try:
         places = [operator.index(position) for position in positions]

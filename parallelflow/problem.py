@@ -150,26 +150,30 @@ _KNOWN: Memory[tuple[Traits, dict[Any, Any]]] = Memory()
 _ABSENT = Factor(None)  # type: ignore[arg-type]
 
 
-def canonical(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> Problem:
+def canonical(
+    driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None, stored: bool = False
+) -> Problem:
     """The driver's rows gathered in two families, those that read and those that only write, and all shapes checked:
-    once for each set of shapes, dtypes, devices and ties.
+    once for each set of shapes, dtypes, devices and ties. A state that is ``stored`` may have 16 bits.
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, naming the one at fault.
     """
     if torch.compiler.is_compiling():
-        return _examine(driver, query, initial_state, scale)
-    key = (scale, driver.signature, *fingerprint(query, initial_state))  # all that checks and traits depend on
+        return _examine(driver, query, initial_state, scale, stored)
+    key = (stored, scale, driver.signature, *fingerprint(query, initial_state))  # all that checks and traits depend on
     known = _KNOWN.recall(key)
     if known is not None:
         return Problem(_gather(driver, query, initial_state), *known)
-    found = _examine(driver, query, initial_state, scale)
+    found = _examine(driver, query, initial_state, scale, stored)
     _KNOWN.keep(key, (found.traits, found.decided))
     return found
 
 
-def _examine(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None) -> Problem:
-    _check_all(driver, query, initial_state)
+def _examine(
+    driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, scale: float | None, stored: bool
+) -> Problem:
+    _check_all(driver, query, initial_state, stored)
     inputs = _gather(driver, query, initial_state)
     return Problem(inputs, _describe(driver, inputs, scale), {})
 
@@ -180,7 +184,7 @@ def _families(driver: LowRankDriver) -> tuple[list[Row], list[Row]]:
     return reading, [row for row in driver.rows if row.read is None]
 
 
-def _check_all(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None) -> None:
+def _check_all(driver: LowRankDriver, query: Tensor, initial_state: Tensor | None, stored: bool) -> None:
     expect_floating("query", query)
     expect_rank("query", query, "[B, T, H, K]", 4)
     batch, time, heads, key_dim = query.shape
@@ -198,8 +202,10 @@ def _check_all(driver: LowRankDriver, query: Tensor, initial_state: Tensor | Non
         expect_shape(
             "initial_state", initial_state, "[N, HV, K, V]", (initial_state.shape[0], value_heads, key_dim, value_dim)
         )
-        if initial_state.dtype.itemsize < 4:
-            raise TypeError(f"initial_state: got dtype {initial_state.dtype}, expected float32 or float64")
+        kinds = (torch.float32, torch.float64, *((torch.bfloat16,) if stored else ()))
+        if initial_state.dtype not in kinds:
+            more = "" if stored else " (bfloat16 with in_place or state_indices)"
+            raise TypeError(f"initial_state: got dtype {initial_state.dtype}, expected float32 or float64{more}")
     for name, tensor in zip(Inputs._fields, _gather(driver, query, initial_state), strict=True):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected the query's, {query.device}")

@@ -3,7 +3,10 @@
 ``query, key [B, H, K]``, ``value [B, HV, V]``, ``beta [B, HV]`` and so on (``delta_product`` keeps its R axis), and
 ``state [B, HV, K, V]``, the very state that the chunked functions take and return. Each returns
 ``Result(output [B, HV, V], final_state [B, HV, K, V])``. Options: ``scale``, ``normalize_query_key``,
-``discretization`` (whose ``step``, if it is a tensor, keeps its time axis: ``[B, 1]`` or ``[B, 1, HV]``).
+``discretization`` (whose ``step``, if it is a tensor, keeps its time axis: ``[B, 1]`` or ``[B, 1, HV]``),
+``backend``, ``validate``; and ``state_indices`` and ``in_place``, with which ``state`` is a store
+``[slots, HV, K, V]`` and is updated (see ``integrate``). The first call of a kind makes every check; later ones go
+straight to their launch.
 """
 
 from __future__ import annotations
@@ -16,21 +19,30 @@ from typing import Any
 from torch import Tensor
 
 from parallelflow import functional
+from parallelflow.again import Calls
 from parallelflow.checks import expect_tensor, nearest
 from parallelflow.integrate import Result
 
-_OPTIONS = ("scale", "normalize_query_key", "discretization", "validate")
+_OPTIONS = (
+    "scale", "normalize_query_key", "discretization", "validate", "backend", "state_indices", "in_place",
+)  # fmt: skip
 
 
 def _single(model: Callable[..., Any]) -> Callable[..., Result]:
     """The model's single-step form."""
+    model = inspect.unwrap(model)
     signature = inspect.signature(model)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    names = {parameter.name for parameter in own}
+    calls = Calls()
 
     @functools.wraps(model)
     def step(*tensors: Any, state: Tensor, **keywords: Any) -> Result:
+        arguments = (*tensors, state, *keywords.values())
+        return calls(lambda: whole(*tensors, state=state, **keywords), tuple(keywords), arguments)
+
+    def whole(*tensors: Any, state: Tensor, **keywords: Any) -> Result:
         expect_tensor("state", state)
-        names = {parameter.name for parameter in own}
         for name in keywords:
             if name not in names and name not in _OPTIONS:
                 known = sorted({*_OPTIONS, "state"})

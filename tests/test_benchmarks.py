@@ -58,6 +58,21 @@ def test_a_table_says_in_which_mode_all_was_measured(tmp_path, monkeypatch):
         assert ("batch_invariant=True" in table) == said
 
 
+def test_a_table_of_steps(tmp_path, monkeypatch):
+    step = {**SHAPE, "time": 1, "state": "float32", "host_us": 20.0}
+    rows = [
+        {**step, "batch": 1, "library": "fla", "step_us": 8.0, "of_copy": 0.25},
+        {**step, "batch": 1, "library": "parallelflow", "step_us": 4.0, "of_copy": 0.5},
+        {**step, "batch": 64, "library": "parallelflow", "step_us": 100.0, "of_copy": 0.9, "host_us": None},
+    ]
+    report.save(result(*rows) | {"kind": "decode"}, tmp_path / "card.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    lines = report.render("<!-- benchmarks: decode card.json -->\n\n<!-- /benchmarks -->").splitlines()
+    title = "| `delta_rule` 16 × 128×128, float32 | ParallelFlow | 4.00 µs, 50 % | 100 µs, 90 % | 20.0 |"
+    assert title in lines
+    assert "|  | FLA | 8.00 µs, 25 %, 2.00 × | – | 20.0 |" in lines
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "–"), (0.2, "0.200"), (1.234, "1.23"), (99.96, "100"), (4016, "4016")]
 )

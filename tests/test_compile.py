@@ -197,3 +197,35 @@ def test_export():
     program = torch.export.export(Module(), tuple(inputs.values()), dynamic_shapes=shapes)
     other = DELTA.inputs(SIZES._replace(length=101))
     assert_close(program.module()(*other.values()), DELTA(other).output, 1e-12)
+
+
+@pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
+def test_every_structure_is_exported(model):
+    """The chunked form with a length that may vary, and a step on a store."""
+    inputs = model.inputs(SIZES)
+    names = list(inputs)
+
+    class Chunked(torch.nn.Module):
+        def forward(self, *tensors):
+            return model(dict(zip(names, tensors, strict=True)), chunk_size=16).output
+
+    class Step(torch.nn.Module):
+        def forward(self, store, indices, *tensors):
+            one = dict(zip(names, tensors, strict=True))
+            return model.step(one, state=store, state_indices=indices, in_place=True).output
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = (tuple(None if x.dim() == 1 else {1: length} for x in inputs.values()),)
+    program = torch.export.export(Chunked(), tuple(inputs.values()), dynamic_shapes=shapes).module()
+    other = model.inputs(SIZES._replace(length=101))
+    assert_close(program(*other.values()), model(other).output, 1e-12)
+
+    store, indices = model.initial_state(SIZES, sequences=3), torch.tensor([2, -1])
+    one = {name: x if x.dim() == 1 else x[:, 0] for name, x in inputs.items()}
+    stores = [store.clone(), store.clone()]
+    program = torch.export.export(Step(), (stores[0].clone(), indices, *one.values())).module()
+    last = {name: x if x.dim() == 1 else x[:, 9] for name, x in other.items()}
+    for index in (indices, indices.flip(0)):
+        found, wanted = (run(stores[place], index, *last.values()) for place, run in enumerate((program, Step())))
+        assert_close(found, wanted, 1e-12)
+    assert_close(stores[0], stores[1], 1e-12)

@@ -32,7 +32,7 @@ def test_the_code_of_the_readme_runs():
 
 
 @pytest.mark.parametrize(
-    "page", ["layers.md", "discretizations.md", "continuous_time.md", "training.md", "state_tracking.md"]
+    "page", ["layers.md", "discretizations.md", "continuous_time.md", "training.md", "state_tracking.md", "serving.md"]
 )
 def test_the_code_of_a_page_runs(page):
     run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
@@ -75,6 +75,7 @@ def test_the_map_is_of_this_code():
         "docs/layers.md",
         "docs/discretizations.md",
         "docs/continuous_time.md",
+        "docs/serving.md",
         "docs/theory.md",
         "docs/results/reproduce/report.md",
     ],

@@ -33,10 +33,10 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
-    return _elsewhere(tier, inputs) or _unserved(inputs, traits)
+    return elsewhere(tier, inputs) or _unserved(inputs, traits)
 
 
-def _elsewhere(tier: str, inputs: Inputs) -> str | None:
+def elsewhere(tier: str, inputs: Inputs) -> str | None:
     """Why a tier does not run on this machine, or on these tensors' device."""
     device = inputs.query.device
     if tier == "cpu":
