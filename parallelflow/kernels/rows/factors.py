@@ -63,15 +63,14 @@ def load_factor(vector, coefficient, first, length, head, column, ROWS: tl.const
 
 
 @triton.jit
-def load_channel_decays(log_decay, first, length, head, column, shift: tl.constexpr, BLOCK: tl.constexpr,
-                        ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Decays of the tokens ``shift`` away, in units of log 2, at one row of each token: the first for shift ≤ 0, the last
-    for shift > 0; 0 where that token lies in another block of BLOCK tokens."""
+def load_channel_decays(log_decay, first, length, head, column, SHIFT: tl.constexpr, ROWS: tl.constexpr,
+                        COUNT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """Decays of the tokens SHIFT away, in units of log 2, at one row of each token: the first for SHIFT ≤ 0, the last for
+    SHIFT > 0. 0 outside the chunk."""
     PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
     token, place = places(ROWS, COUNT)
-    there = token + shift
-    own = place == (PADDED - 1 if shift > 0 else 0)
-    inside = own & (there >= 0) & (there < length) & (there // BLOCK == token // BLOCK)
+    there = token + SHIFT
+    inside = (place == (PADDED - 1 if SHIFT > 0 else 0)) & (there >= 0) & (there < length)
     at = (first + there) * HV + head
     found = tl.load(log_decay + at[:, None] * K + column[None, :], mask=inside[:, None] & (column < K)[None, :],
                     other=0.0)  # fmt: skip
@@ -79,37 +78,35 @@ def load_channel_decays(log_decay, first, length, head, column, shift: tl.conste
 
 
 @triton.jit
-def summed(decays, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sums inside blocks of SIZE rows: up to each row, or from it on."""
+def summed(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, REVERSE: tl.constexpr):
+    """Running sums inside blocks of BLOCK tokens: up to each row, or from it on."""
+    PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
     ROWS: tl.constexpr = decays.shape[0]
     COLUMNS: tl.constexpr = decays.shape[1]
+    SIZE: tl.constexpr = BLOCK * PADDED
     if SIZE == 1:
         return decays
-    if SIZE == ROWS:
+    if SIZE >= ROWS:
         return tl.cumsum(decays, 0, reverse=REVERSE)
     blocks = tl.reshape(decays, [ROWS // SIZE, SIZE, COLUMNS])
     return tl.reshape(tl.cumsum(blocks, 1, reverse=REVERSE), [ROWS, COLUMNS])
 
 
 @triton.jit
-def from_boundary(log_decay, first, length, head, column, BLOCK: tl.constexpr, EXCLUSIVE: tl.constexpr,
-                  ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """e^{sum of the decays from the block's first token to the row's}, the last left out if EXCLUSIVE."""
-    PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
-    shift: tl.constexpr = -1 if EXCLUSIVE else 0
-    decays = load_channel_decays(log_decay, first, length, head, column, shift, BLOCK, ROWS, COUNT, HV, K)
-    SIZE: tl.constexpr = BLOCK * PADDED if BLOCK * PADDED < ROWS else ROWS
-    return tl.exp2(summed(decays, SIZE, False))
+def from_boundary(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, RAW: tl.constexpr):
+    """e^{sum from the first token of the row's block to the row's own}; RAW: the own one left out, ``decays`` being those
+    of the tokens before."""
+    if RAW:
+        token, place = places(decays.shape[0], COUNT)
+        decays = tl.where((token % BLOCK != 0)[:, None], decays, 0.0)
+    return tl.exp2(summed(decays, BLOCK, COUNT, False))
 
 
 @triton.jit
-def to_boundary(log_decay, first, length, head, column, BLOCK: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-                HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """e^{sum of the decays after the row's token to the block's last}."""
-    PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
-    decays = load_channel_decays(log_decay, first, length, head, column, 1, BLOCK, ROWS, COUNT, HV, K)
-    SIZE: tl.constexpr = BLOCK * PADDED if BLOCK * PADDED < ROWS else ROWS
-    return tl.exp2(summed(decays, SIZE, True))
+def to_boundary(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """e^{sum after the row's token to the last of its block}, ``decays`` being those of the tokens after."""
+    token, place = places(decays.shape[0], COUNT)
+    return tl.exp2(summed(tl.where(((token + 1) % BLOCK != 0)[:, None], decays, 0.0), BLOCK, COUNT, True))
 
 
 @triton.jit

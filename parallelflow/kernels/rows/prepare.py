@@ -105,6 +105,12 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
         if L > 0:
             w = load_rows(lone_write, first, length, head, column, M, L, HV, LONE_HEADS, K).to(tl.float32)
         if DECAY == 2:
+            q_decays = load_channel_decays(log_decay, first, length, head, column, 0, Q, 1, HV, K)
+            if R > 0:
+                a_decays = load_channel_decays(log_decay, first, length, head, column, -1 if RAW else 0, N, R, HV, K)
+                b_decays = load_channel_decays(log_decay, first, length, head, column, 1, N, R, HV, K)
+            if L > 0:
+                w_decays = load_channel_decays(log_decay, first, length, head, column, 1, M, L, HV, K)
             # pairs of one token; then of the halves of blocks of 2, 4, …, C tokens
             if R > 0:
                 p = paired(p, q, b, own, PRECISION, DTYPE)
@@ -113,20 +119,21 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
             if L > 0:
                 p_lone = paired(p_lone, q, w, own_lone, PRECISION, DTYPE)
             for level in tl.static_range(LEVELS):
-                BLOCK: tl.constexpr = 1 << level
-                q_late = q * from_boundary(log_decay, first, length, head, column, BLOCK, False, Q, 1, HV, K)
+                q_factor = from_boundary(q_decays, 1 << level, 1, False)
+                q_late = q * q_factor
                 if R > 0:
-                    a_late = a * from_boundary(log_decay, first, length, head, column, BLOCK, RAW, N, R, HV, K)
-                    b_early = b * to_boundary(log_decay, first, length, head, column, BLOCK, N, R, HV, K)
-                    g = paired(g, a_late, b_early, halves_of_a_block(n_token, n_token, BLOCK), PRECISION, DTYPE)
-                    p = paired(p, q_late, b_early, halves_of_a_block(q_token, n_token, BLOCK), PRECISION, DTYPE)
+                    a_late = a * (q_factor if R == 1 and not RAW else from_boundary(a_decays, 1 << level, R, RAW))
+                    b_factor = to_boundary(b_decays, 1 << level, R)
+                    b_early = b * b_factor
+                    g = paired(g, a_late, b_early, halves_of_a_block(n_token, n_token, 1 << level), PRECISION, DTYPE)
+                    p = paired(p, q_late, b_early, halves_of_a_block(q_token, n_token, 1 << level), PRECISION, DTYPE)
                 if L > 0:
-                    w_early = w * to_boundary(log_decay, first, length, head, column, BLOCK, M, L, HV, K)
-                    p_lone = paired(p_lone, q_late, w_early, halves_of_a_block(q_token, m_token, BLOCK), PRECISION,
-                                    DTYPE)  # fmt: skip
+                    w_early = w * (b_factor if R == L else to_boundary(w_decays, 1 << level, L))
+                    asked = halves_of_a_block(q_token, m_token, 1 << level)
+                    p_lone = paired(p_lone, q_late, w_early, asked, PRECISION, DTYPE)
                     if R > 0:
-                        g_lone = paired(g_lone, a_late, w_early, halves_of_a_block(n_token, m_token, BLOCK), PRECISION,
-                                        DTYPE)  # fmt: skip
+                        met = halves_of_a_block(n_token, m_token, 1 << level)
+                        g_lone = paired(g_lone, a_late, w_early, met, PRECISION, DTYPE)
         else:
             if R > 0:
                 g += tl.dot(a.to(DTYPE), tl.trans(b.to(DTYPE)), input_precision=PRECISION)
@@ -144,14 +151,15 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
             if L > 0:
                 w *= tl.exp2((end.to(tl.float32) - l_high) - l_low)[:, None]
         if DECAY == 2:
-            steps = load_channel_decays(log_decay, first, length, head, column, 0, C, Q, 1, HV, K)
-            tl.store(total + flat * K + column, tl.exp2(tl.sum(steps, 0)), mask=column < K)
-            q *= from_boundary(log_decay, first, length, head, column, C, False, Q, 1, HV, K)
+            tl.store(total + flat * K + column, tl.exp2(tl.sum(q_decays, 0)), mask=column < K)
+            q_factor = from_boundary(q_decays, C, 1, False)
+            q *= q_factor
             if R > 0:
-                a *= from_boundary(log_decay, first, length, head, column, C, RAW, N, R, HV, K)
-                b *= to_boundary(log_decay, first, length, head, column, C, N, R, HV, K)
+                a *= q_factor if R == 1 and not RAW else from_boundary(a_decays, C, R, RAW)
+                b_factor = to_boundary(b_decays, C, R)
+                b *= b_factor
             if L > 0:
-                w *= to_boundary(log_decay, first, length, head, column, C, M, L, HV, K)
+                w *= b_factor if R == L else to_boundary(w_decays, C, L)
         store_rows(queries, q, first, length, head, column, Q, 1, HV, K)
         if R > 0:
             store_rows(reads, a, first, length, head, column, N, R, HV, K)
@@ -223,7 +231,7 @@ def inverse_kernel(gram, inverse, N: tl.constexpr, SPLIT: tl.constexpr, PRECISIO
 
 def widest(K: int, element_size: int, decay: int) -> int:
     """Columns of a tile of rows."""
-    most = 32 if element_size > 2 or decay == VECTOR_DECAY else 64
+    most = 16 if decay == VECTOR_DECAY else 32 if element_size > 2 else 64
     return max(16, min(triton.next_power_of_2(K), most))
 
 

@@ -154,14 +154,20 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
             dl *= tl.exp2((end.to(tl.float32) - l_high) - l_low)[:, None]
             ends += tl.sum(w * dl, 0)
     if DECAY == 2:
-        dq *= from_boundary(log_decay, first, length, head, column, C, False, Q, 1, HV, K)
+        q_decays = load_channel_decays(log_decay, first, length, head, column, 0, Q, 1, HV, K)
+        q_factor = from_boundary(q_decays, C, 1, False)
+        dq *= q_factor
         ends = overlap * tl.load(total + flat * K + column, mask=column < K, other=0.0)
         if R > 0:
-            da *= from_boundary(log_decay, first, length, head, column, C, RAW, N, R, HV, K)
-            db *= to_boundary(log_decay, first, length, head, column, C, N, R, HV, K)
+            a_decays = load_channel_decays(log_decay, first, length, head, column, -1 if RAW else 0, N, R, HV, K)
+            b_decays = load_channel_decays(log_decay, first, length, head, column, 1, N, R, HV, K)
+            da *= q_factor if R == 1 and not RAW else from_boundary(a_decays, C, R, RAW)
+            b_factor = to_boundary(b_decays, C, R)
+            db *= b_factor
             ends += tl.sum(b * db, 0)
         if L > 0:
-            dl *= to_boundary(log_decay, first, length, head, column, C, M, L, HV, K)
+            w_decays = load_channel_decays(log_decay, first, length, head, column, 1, M, L, HV, K)
+            dl *= b_factor if R == L else to_boundary(w_decays, C, L)
             ends += tl.sum(w * dl, 0)
     # through the pairs
     if DECAY == 2:
@@ -178,26 +184,25 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
             dq = onto(dq, own, w, PRECISION)
             dl = onto(dl, tl.trans(own), q, PRECISION)
         for level in tl.static_range(LEVELS):
-            BLOCK: tl.constexpr = 1 << level
-            q_factor = from_boundary(log_decay, first, length, head, column, BLOCK, False, Q, 1, HV, K)
+            q_factor = from_boundary(q_decays, 1 << level, 1, False)
             q_sums = tl.zeros([Q, BK], tl.float32)
             if R > 0:
-                a_factor = from_boundary(log_decay, first, length, head, column, BLOCK, RAW, N, R, HV, K)
-                b_factor = to_boundary(log_decay, first, length, head, column, BLOCK, N, R, HV, K)
-                here = meets(g, halves_of_a_block(n_token, n_token, BLOCK))
-                asked = meets(p, halves_of_a_block(q_token, n_token, BLOCK))
+                a_factor = q_factor if R == 1 and not RAW else from_boundary(a_decays, 1 << level, R, RAW)
+                b_factor = to_boundary(b_decays, 1 << level, R)
+                here = meets(g, halves_of_a_block(n_token, n_token, 1 << level))
+                asked = meets(p, halves_of_a_block(q_token, n_token, 1 << level))
                 a_sums = onto(tl.zeros([N, BK], tl.float32), here, b * b_factor, PRECISION)
                 q_sums = onto(q_sums, asked, b * b_factor, PRECISION)
                 b_sums = onto(tl.zeros([N, BK], tl.float32), tl.trans(here), a * a_factor, PRECISION)
                 b_sums = onto(b_sums, tl.trans(asked), q * q_factor, PRECISION)
                 db += b_factor * b_sums
             if L > 0:
-                w_factor = to_boundary(log_decay, first, length, head, column, BLOCK, M, L, HV, K)
-                asked = meets(p_lone, halves_of_a_block(q_token, m_token, BLOCK))
+                w_factor = b_factor if R == L else to_boundary(w_decays, 1 << level, L)
+                asked = meets(p_lone, halves_of_a_block(q_token, m_token, 1 << level))
                 q_sums = onto(q_sums, asked, w * w_factor, PRECISION)
                 w_sums = onto(tl.zeros([M, BK], tl.float32), tl.trans(asked), q * q_factor, PRECISION)
                 if R > 0:
-                    here = meets(g_lone, halves_of_a_block(n_token, m_token, BLOCK))
+                    here = meets(g_lone, halves_of_a_block(n_token, m_token, 1 << level))
                     a_sums = onto(a_sums, here, w * w_factor, PRECISION)
                     w_sums = onto(w_sums, tl.trans(here), a * a_factor, PRECISION)
                 dl += w_factor * w_sums
@@ -248,7 +253,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     """The gradients above, for contiguous arrays."""
     batch, time = query.shape[:2]
     heads, R, L = layout.value_heads, layout.R, layout.L
-    width = max(16, min(triton.next_power_of_2(layout.K), 32))
+    width = max(16, min(triton.next_power_of_2(layout.K), 16 if layout.decay == VECTOR_DECAY else 32))
     tiles = triton.cdiv(layout.K, width)
 
     def vacant(rows: int) -> Tensor | None:
