@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parallelflow as pf
-from parallelflow.kernels.cpu import build, delta
+from parallelflow.kernels.cpu import build, flow as delta
 from parallelflow.testing import Sizes, error_budget, relative_error
 from tests.cases import COMPILED, MODELS, by_name, gradients, require_grad
 

@@ -1,4 +1,4 @@
-// The delta rule, and rows that only write, with no or scalar decay: forward, backward, and one token.
+// The flow of every kind of rows and decay: forward, backward, and one token.
 
 #include "backward.h"
 #include "step.h"
@@ -28,13 +28,9 @@ static int each_lane(const Problem& problem, long heads_together) {
 extern "C" int parallelflow_forward(const Problem* problem) { return each_lane<Forward>(*problem, 1); }
 
 extern "C" int parallelflow_backward(const Problem* problem) {
-    return each_lane<Backward>(*problem, problem->group() / problem->parts);
+    return each_lane<Backward>(*problem, problem->value_heads / problem->heads / problem->parts);
 }
 
-extern "C" void parallelflow_step(const Problem* problem) {
-    const long lanes = problem->sequences * problem->value_heads;
-#pragma omp parallel for num_threads(problem->threads < lanes ? problem->threads : lanes) if (lanes > 1)
-    for (long lane = 0; lane < lanes; lane++) step(*problem, lane / problem->value_heads, lane % problem->value_heads);
-}
+extern "C" int parallelflow_step(const Problem* problem) { return each_lane<Step>(*problem, 1); }
 
-extern "C" int parallelflow_window() { return WINDOW * CHUNK; }
+extern "C" int parallelflow_window(long reads, long lone) { return WINDOW * chunk_of(reads, lone); }
