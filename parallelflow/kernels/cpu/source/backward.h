@@ -24,7 +24,7 @@ class Backward {
         channels = problem.channels();
         for (Kept& each : kept) {
             each.chunk.arrange(memory, problem);
-            for (int kind : {Rows::SOLVED, Rows::LONE})
+            for (int kind : {SOLVED, LONE})
                 if (rows.writers[kind].each) memory.take(each.written[kind], ROWS * wide);
             memory.take(each.entry, padded(problem.key_dim) * wide);
         }
@@ -88,7 +88,7 @@ class Backward {
         begin_exponents(chunk.tokens);
         pull_seeing(problem, chunk, of.entry);
         pull_lasting(problem, chunk, of);
-        for (int kind : {Rows::SOLVED, Rows::LONE})
+        for (int kind : {SOLVED, LONE})
             if (rows.writers[kind].each) pull_views(problem, chunk, of.written[kind], kind);
         pull_state(problem, chunk.tokens);
         write(lane, chunk);
@@ -98,22 +98,22 @@ class Backward {
     void pull_written(const Problem& problem, const Chunk& chunk) {
         const int width = problem.value_dim, n = chunk.tokens * problem.reads;
         const long row = rows.wide;
-        for (int kind : {Rows::SOLVED, Rows::LONE}) {
+        for (int kind : {SOLVED, LONE}) {
             const Writers& writers = rows.writers[kind];
             if (!writers.each) continue;
             const int count = chunk.count(writers);
             product<UPPER>(Tokens{writers.each, 1}, count, width, chunk.tokens,
-                           transposed(chunk.seen[Rows::QUERIES][kind], ROW), d_output, row, d_written[kind], row);
+                           transposed(chunk.seen[QUERIES][kind], ROW), d_output, row, d_written[kind], row);
             product(count, width, problem.key_dim, rows_of(writers.lasting, rows.deep), d_state, row, d_written[kind],
                     row, true);
         }
         if (!n) return;
-        chunk.solve(n, width, d_written[Rows::SOLVED], d_source, row, true);
+        chunk.solve(n, width, d_written[SOLVED], d_source, row, true);
         const int m = chunk.tokens * problem.lone;
         if (!m) return;
         scale_rows(n, width, [&](int p) { return rows.read.scalars[p]; }, d_source, row, scaled, row);
         product<UPPER>(Tokens{(int)problem.lone, (int)problem.reads}, m, width, n,
-                       transposed(chunk.seen[Rows::READS][Rows::LONE], ROW), scaled, row, d_written[Rows::LONE], row, true);
+                       transposed(chunk.seen[READS][LONE], ROW), scaled, row, d_written[LONE], row, true);
     }
 
     void begin_exponents(int tokens) {
@@ -126,24 +126,26 @@ class Backward {
         const int depth = problem.key_dim, width = problem.value_dim;
         const long deep = rows.deep;
         transpose(depth, width, entry, rows.wide, state_turned, deep);
-        for (int kind : {Rows::READS, Rows::QUERIES}) {
+        for (int kind : {READS, QUERIES}) {
             const Readers& by = rows.readers[kind];
             if (!by.each) continue;
             float* d_rows = d_readers[kind];
-            product(chunk.count(by), depth, width, rows_of(kind == Rows::READS ? d_source : d_output, rows.wide),
+            product(chunk.count(by), depth, width, rows_of(kind == READS ? d_source : d_output, rows.wide),
                     state_turned, deep, d_rows, deep);
-            for (int p = 0; p < chunk.count(by); p++) {
-                const int place = by.place(p / by.each);
-                float* d_row = d_rows + p * deep;
-                const float* row = by.rows + p * deep;
-                rows.decay.see(place, 1, d_row, d_row);
-                const float seen_by = kind == Rows::READS || !channels ? dot(depth, row, d_row) : 0;
-                if (kind == Rows::READS) d_read_scalars[p] = seen_by;
-                const float scalar = by.scalars[p];
-                if (!channels) d_since[place] += scalar * seen_by;
-                for (int k = 0; k < depth; k += LANES) store(d_row + k, scalar * load(d_row + k));
-                if (channels) gather(place, row, d_row, 1);
-            }
+            if (channels) rows.decay.see(by.place(0), chunk.tokens, by.each, nullptr, d_rows, d_rows);
+            const float* row = by.rows;
+            for (int t = 0, p = 0; t < chunk.tokens; t++)
+                for (int j = 0; j < by.each; j++, p++, row += deep, d_rows += deep) {
+                    const int place = by.place(t);
+                    const float scalar = by.scalars[p], factor = channels ? 1 : rows.decay.from_start[place];
+                    if (kind == READS || !channels) {
+                        const float seen_by = factor * dot(depth, row, d_rows);
+                        if (kind == READS) d_read_scalars[p] = seen_by;
+                        d_since[place] += scalar * seen_by;
+                    }
+                    scale_rows(1, depth, [&](int) { return scalar * factor; }, d_rows, deep, d_rows, deep);
+                    if (channels) gather(place, row, d_rows, 1);
+                }
         }
     }
 
@@ -152,26 +154,26 @@ class Backward {
         const int depth = problem.key_dim, width = problem.value_dim, tokens = chunk.tokens;
         const long deep = rows.deep;
         transpose(depth, width, d_state, rows.wide, state_turned, deep);
-        for (int kind : {Rows::SOLVED, Rows::LONE}) {
+        for (int kind : {SOLVED, LONE}) {
             const Writers& writers = rows.writers[kind];
             if (!writers.each) continue;
             float* d_rows = d_writers[kind];
             product(chunk.count(writers), depth, width, rows_of(of.written[kind], rows.wide), state_turned, deep, d_rows,
                     deep);
-            for (int q = 0; q < chunk.count(writers); q++) {
-                const int token = q / writers.each;
-                float* d_row = d_rows + q * deep;
-                const float* row = writers.rows + q * deep;
-                rows.decay.keep(token, d_row, d_row);
-                if (channels) {
-                    gather(token + 1, row, d_row, -1);
-                    gather(tokens, row, d_row, 1);
-                } else if (problem.of.log_decay) {
-                    const double lasting = dot(depth, row, d_row);
-                    d_since[token + 1] -= lasting;
-                    d_since[tokens] += lasting;
+            rows.decay.keep(tokens, writers.each, d_rows, d_rows);
+            if (!problem.of.log_decay) continue;
+            const float* row = writers.rows;
+            for (int t = 0; t < tokens; t++)
+                for (int j = 0; j < writers.each; j++, row += deep, d_rows += deep) {
+                    if (channels) {
+                        gather(t + 1, row, d_rows, -1);
+                        gather(tokens, row, d_rows, 1);
+                    } else {
+                        const double lasting = dot(depth, row, d_rows);
+                        d_since[t + 1] -= lasting;
+                        d_since[tokens] += lasting;
+                    }
                 }
-            }
         }
         if (!problem.of.log_decay) return;
         for (int k = 0; k < depth; k++) {
@@ -187,16 +189,19 @@ class Backward {
         const int count = chunk.count(to), depth = problem.key_dim, width = problem.value_dim;
         const long deep = rows.deep;
         transpose(count, width, written, rows.wide, written_turned, ROW);
-        for (int reader : {Rows::READS, Rows::QUERIES}) {
+        for (int reader : {READS, QUERIES}) {
             const Readers& by = rows.readers[reader];
             if (!by.each) continue;
             const Tokens order{by.each, to.each}, back{to.each, by.each};
             float* matrix = d_matrix[reader];
             product<LOWER_RESULT>(order, chunk.count(by), count, width,
-                                  rows_of(reader == Rows::READS ? d_source : d_output, rows.wide), written_turned, ROW,
+                                  rows_of(reader == READS ? d_source : d_output, rows.wide), written_turned, ROW,
                                   matrix, ROW);
-            unweigh(problem, chunk, reader, writer);
-            if (channels) continue;
+            if (channels) {
+                unweigh<true>(problem, chunk, reader, writer);
+                continue;
+            }
+            unweigh<false>(problem, chunk, reader, writer);
             product<LOWER>(order, chunk.count(by), depth, count, rows_of(matrix, ROW), to.rows, deep, d_readers[reader],
                            deep, true);
             product<UPPER>(back, count, depth, chunk.count(by), transposed(matrix, ROW), by.rows, deep,
@@ -206,54 +211,55 @@ class Backward {
     }
 
     // The products Y·X become dM, those dO·X dP; the scalars' gradients, and the exponents' of decays a head.
+    template <bool CHANNELS>
     void unweigh(const Problem& problem, const Chunk& chunk, int reader, int writer) {
         const Readers& by = rows.readers[reader];
         const int each = rows.writers[writer].each, wide = padded(chunk.tokens * each);
-        const bool reads = reader == Rows::READS;
+        const bool reads = reader == READS;
         const float *seen = chunk.seen[reader][writer], *weights = chunk.weights[reader][writer];
+        float* d = d_matrix[reader];
         Doubles columns[ROWS / LANES] = {};
-        for (int t = 0; t < chunk.tokens; t++) {
-            for (int j = 0; j < by.each; j++) {
-                const int p = t * by.each + j, end = Chunk::visible(problem, reader, writer, each, t, j);
+        for (int t = 0, p = 0; t < chunk.tokens; t++) {
+            for (int j = 0; j < by.each; j++, p++, d += ROW, seen += ROW, weights += CHANNELS ? 0 : ROW) {
+                const int end = Chunk::visible(problem, reader, writer, each, t, j);
                 const float factor = reads ? by.scalars[p] : problem.scale, scalar = reads ? by.scalars[p] : 1;
                 Doubles all{};
                 Floats seen_by{};
                 for (int q = 0; q < wide; q += LANES) {
-                    float* d = d_matrix[reader] + p * ROW + q;
                     if (q >= end) {
-                        store(d, Floats{});
+                        store(d + q, Floats{});
                         continue;
                     }
-                    const Floats weight = weights ? load(weights + p * ROW + q) : fill(1);
-                    const Floats within = (counting() + q < end) & (weight != 0) ? load(d) : Floats{};
-                    const Floats product_of = within * load(seen + p * ROW + q);
+                    const Floats weight = CHANNELS ? fill(1) : load(weights + q);
+                    const Floats within = (counting() + q < end) & (weight != 0) ? load(d + q) : Floats{};
+                    const Floats product_of = within * load(seen + q);
                     seen_by += product_of;
-                    store(d, factor * weight * within);
-                    if (!channels) {
-                        const Doubles exact = __builtin_convertvector(scalar * product_of, Doubles);
-                        all += exact;
-                        columns[q / LANES] += exact;
-                    }
+                    store(d + q, factor * weight * within);
+                    if (CHANNELS) continue;
+                    const Doubles exact = __builtin_convertvector(scalar * product_of, Doubles);
+                    all += exact;
+                    columns[q / LANES] += exact;
                 }
                 if (reads) d_read_scalars[p] += sum(seen_by);
-                if (!channels) d_since[by.place(t)] += sum(all);
+                if (!CHANNELS) d_since[by.place(t)] += sum(all);
             }
         }
-        if (channels) return;
-        for (int q = 0; q < chunk.tokens * each; q++) d_since[q / each + 1] -= columns[q / LANES][q % LANES];
+        if (CHANNELS) return;
+        for (int t = 0, q = 0; t < chunk.tokens; t++)
+            for (int j = 0; j < each; j++, q++) d_since[t + 1] -= columns[q / LANES][q % LANES];
     }
 
     // dr and db from dM and dP with decays a channel: between tokens, which the exponents hear of, and within them.
     void walk_back(const Problem& problem, const Chunk& chunk, int writer) {
         const Writers& to = rows.writers[writer];
         const long deep = rows.deep;
-        const Walk walk = chunk.walk(rows, to.each, d_matrix[Rows::READS], d_matrix[Rows::QUERIES]);
-        for (int reader : {Rows::READS, Rows::QUERIES}) {
+        const Walk walk = chunk.walk(rows, to.each, d_matrix[READS], d_matrix[QUERIES]);
+        for (int reader : {READS, QUERIES}) {
             const int count = chunk.count(rows.readers[reader]);
             if (count) memset(moved_of(reader), 0, count * deep * sizeof(float));
         }
-        walk.pull_readers(to.rows, room, moved_of(Rows::READS), moved_of(Rows::QUERIES));
-        for (int reader : {Rows::READS, Rows::QUERIES}) {
+        walk.pull_readers(to.rows, room, moved_of(READS), moved_of(QUERIES));
+        for (int reader : {READS, QUERIES}) {
             const Readers& by = rows.readers[reader];
             for (int p = 0; p < chunk.count(by); p++) {
                 gather(by.place(p / by.each), by.rows + p * deep, moved_of(reader) + p * deep, 1);
@@ -265,7 +271,7 @@ class Backward {
             gather(q / to.each + 1, to.rows + q * deep, moved + q * deep, -1);
             add(moved + q * deep, d_writers[writer] + q * deep);
         }
-        for (int reader : {Rows::READS, Rows::QUERIES}) {
+        for (int reader : {READS, QUERIES}) {
             const Readers& by = rows.readers[reader];
             for (int p = 0; p < chunk.count(by); p++) {
                 const int t = p / by.each, end = Chunk::visible(problem, reader, writer, to.each, t, p % by.each);
@@ -281,7 +287,7 @@ class Backward {
         }
     }
 
-    float* moved_of(int reader) const { return reader == Rows::READS ? moved : moved_queries; }
+    float* moved_of(int reader) const { return reader == READS ? moved : moved_queries; }
 
     // d_places[place] += sign row ⊙ d_row.
     void gather(int place, const float* row, const float* d_row, float sign) {
@@ -297,10 +303,10 @@ class Backward {
     void pull_state(const Problem& problem, int tokens) {
         const int depth = problem.key_dim, width = problem.value_dim, n = tokens * problem.reads;
         const long row = rows.wide;
-        product(depth, width, tokens, transposed(rows.readers[Rows::QUERIES].seeing, rows.deep), d_output, row, d_state,
+        product(depth, width, tokens, transposed(rows.readers[QUERIES].seeing, rows.deep), d_output, row, d_state,
                 row, true, rows.decay.total);
         if (n)
-            product(depth, width, n, transposed(rows.readers[Rows::READS].seeing, rows.deep), d_source, row, d_state, row,
+            product(depth, width, n, transposed(rows.readers[READS].seeing, rows.deep), d_source, row, d_state, row,
                     true);
     }
 
@@ -308,22 +314,22 @@ class Backward {
         const Problem& of = lane.of;
         const long token = chunk.token, deep = rows.deep;
         const int tokens = chunk.tokens, n = tokens * of.reads;
-        lane.write(d_readers[Rows::QUERIES], deep, token, tokens, 1, of.d.query);
+        lane.write(d_readers[QUERIES], deep, token, tokens, 1, of.d.query);
         write_decay(lane, chunk);
         if (of.lone) {
-            lane.write(d_writers[Rows::LONE], deep, token, tokens, of.lone, of.d.lone_write);
-            write_value(lane, chunk, rows.lone_value, d_written[Rows::LONE], of.d.lone_value, of.d.lone_coefficient, false);
+            lane.write(d_writers[LONE], deep, token, tokens, of.lone, of.d.lone_write);
+            write_value(lane, chunk, rows.lone_value, d_written[LONE], of.d.lone_value, of.d.lone_coefficient, false);
         }
         if (!n) return;
         const bool shared = of.shared && rows.value.present();
         for (int p = 0; p < n; p++) d_read_scalars[p] *= rows.read.sign;
-        rows.read.pull(n, d_readers[Rows::READS], d_coefficients);
+        rows.read.pull(n, d_readers[READS], d_coefficients);
         if (of.tied) {
-            for (int p = 0; p < n; p++) add(d_readers[Rows::READS] + p * deep, d_writers[Rows::SOLVED] + p * deep);
+            for (int p = 0; p < n; p++) add(d_readers[READS] + p * deep, d_writers[SOLVED] + p * deep);
         } else {
-            lane.write(d_readers[Rows::READS], deep, token, tokens, of.reads, of.d.read);
+            lane.write(d_readers[READS], deep, token, tokens, of.reads, of.d.read);
         }
-        lane.write(d_writers[Rows::SOLVED], deep, token, tokens, of.reads, of.d.write);
+        lane.write(d_writers[SOLVED], deep, token, tokens, of.reads, of.d.write);
         if (rows.value.present())
             write_value(lane, chunk, rows.value, d_source, of.d.value, of.d.value_coefficient, shared);
         if (!of.of.read_coefficient) return;

@@ -21,13 +21,13 @@ struct Chunk {
     bool wide;
 
     void arrange(Workspace& memory, const Problem& of) {
-        for (int reader : {Rows::QUERIES, Rows::READS})
-            for (int writer : {Rows::SOLVED, Rows::LONE}) {
+        for (int reader : {QUERIES, READS})
+            for (int writer : {SOLVED, LONE}) {
                 float *&matrix = seen[reader][writer], *&weight = weights[reader][writer];
                 matrix = weight = nullptr;
-                if ((reader == Rows::READS && !of.reads) || !(writer == Rows::SOLVED ? of.reads : of.lone)) continue;
+                if ((reader == READS && !of.reads) || !(writer == SOLVED ? of.reads : of.lone)) continue;
                 memory.take(matrix, (ROWS + SPARE_ROWS) * ROW);
-                if (reader == Rows::READS && alike(of, writer)) weight = weights[Rows::QUERIES][writer];
+                if (reader == READS && alike(of, writer)) weight = weights[QUERIES][writer];
                 else if (!of.channels()) memory.take(weight, ROWS * ROW);
             }
         if (!of.reads) return;
@@ -37,7 +37,7 @@ struct Chunk {
 
     // Single rows that read after their token's decay see other single rows with the query's factors.
     static bool alike(const Problem& of, int writer) {
-        return of.reads == 1 && !of.raw && (writer == Rows::SOLVED || of.lone == 1);
+        return of.reads == 1 && !of.raw && (writer == SOLVED || of.lone == 1);
     }
 
     int count(const Writers& kind) const { return tokens * kind.each; }
@@ -45,14 +45,14 @@ struct Chunk {
 
     // Writers that the j-th reader of a token sees.
     static int visible(const Problem& of, int reader, int writer, int each, int token, int j) {
-        if (reader == Rows::QUERIES) return (token + 1) * each;
+        if (reader == QUERIES) return (token + 1) * each;
         if (!of.sequential) return token * each;
-        return token * each + (writer == Rows::SOLVED ? j : (int)of.lone_before[j]);
+        return token * each + (writer == SOLVED ? j : (int)of.lone_before[j]);
     }
 
     void see_each_other(const Lane& lane, Rows& rows) {
         const Problem& of = lane.of;
-        for (int writer : {Rows::SOLVED, Rows::LONE}) {
+        for (int writer : {SOLVED, LONE}) {
             const Writers& to = rows.writers[writer];
             if (!to.each) continue;
             if (of.channels()) {
@@ -60,7 +60,7 @@ struct Chunk {
             } else {
                 transpose(count(to), of.key_dim, to.rows, rows.deep, to.turned, ROW);
             }
-            for (int reader : {Rows::QUERIES, Rows::READS}) {
+            for (int reader : {QUERIES, READS}) {
                 const Readers& by = rows.readers[reader];
                 if (!by.each) continue;
                 if (!of.channels())
@@ -73,7 +73,7 @@ struct Chunk {
     }
 
     Walk walk(const Rows& rows, int each, float* reads, float* queries) const {
-        const Readers &read = rows.readers[Rows::READS], &query = rows.readers[Rows::QUERIES];
+        const Readers &read = rows.readers[READS], &query = rows.readers[QUERIES];
         return {tokens, rows.decay.depth, each, read.each, read.raw, rows.deep, rows.decay.steps,
                 {read.rows, reads}, {query.rows, queries}};
     }
@@ -90,34 +90,40 @@ struct Chunk {
     }
 
   private:
-    // M or P from the products r_p·b_q, which stand there; with decays a channel those have all factors.
+    // Factors with decays a channel are in the products already; without decays they are 1; a single row's that reads
+    // after its decay are the query's; the others' are found.
+    enum Factors { INSIDE, ONE, QUERYS, FOUND };
+
+    // M or P from the products r_p·b_q, which stand there.
+    void weigh(const Problem& of, const Rows& rows, int reader, int writer) {
+        if (of.channels()) return weigh<INSIDE>(of, rows, reader, writer);
+        if (reader == READS && alike(of, writer)) return weigh<QUERYS>(of, rows, reader, writer);
+        if (!of.of.log_decay) return weigh<ONE>(of, rows, reader, writer);
+        weigh<FOUND>(of, rows, reader, writer);
+    }
+
+    template <Factors factors>
     void weigh(const Problem& of, const Rows& rows, int reader, int writer) {
         const Readers& by = rows.readers[reader];
         const int each = rows.writers[writer].each, wide = padded(tokens * each);
-        const bool decays = rows.decay.kind == Decay::HEAD;
-        const float scale = reader == Rows::QUERIES ? of.scale : 1;
-        const bool known = reader == Rows::READS && alike(of, writer);
-        double columns[ROWS + LANES];
-        for (int q = 0; q < wide; q++) columns[q] = rows.decay.since[q / each + 1];
+        const float scale = reader == QUERIES ? of.scale : 1;
+        double spread[ROWS + LANES] = {};
+        const double* columns = each == 1 ? rows.decay.since + 1 : spread;
+        for (int t = 0; factors == FOUND && each > 1 && t < tokens; t++)
+            for (int j = 0; j < each; j++) spread[t * each + j] = rows.decay.since[t + 1];
+        float *place = seen[reader][writer], *weight = weights[reader][writer];
         for (int t = 0; t < tokens; t++) {
             const double since = rows.decay.since[by.place(t)];
-            for (int j = 0; j < by.each; j++) {
+            for (int j = 0; j < by.each; j++, place += ROW, weight += factors == INSIDE ? 0 : ROW) {
                 const int end = visible(of, reader, writer, each, t, j);
-                const long at = (t * by.each + j) * ROW;
                 for (int q = 0; q < wide; q += LANES) {
-                    float* place = seen[reader][writer] + at + q;
                     const Integers sees = counting() + q < end;
-                    Floats factor = fill(q < end);
-                    if (weights[reader][writer]) {
-                        if (known) {
-                            factor = load(weights[Rows::QUERIES][writer] + at + q);
-                        } else if (decays && q < end) {
-                            factor = exponential(__builtin_convertvector(since - load(columns + q), Floats));
-                        }
-                        factor = sees ? factor : Floats{};
-                        if (!known) store(weights[reader][writer] + at + q, factor);
-                    }
-                    store(place, sees ? scale * factor * load(place) : Floats{});
+                    Floats factor = fill(1);
+                    if (factors == QUERYS) factor = load(weight + q);
+                    if (factors == FOUND && q < end)
+                        factor = exponential(__builtin_convertvector(since - load(columns + q), Floats));
+                    if (factors == FOUND || factors == ONE) store(weight + q, sees ? factor : Floats{});
+                    store(place + q, sees ? scale * factor * load(place + q) : Floats{});
                 }
             }
         }
@@ -126,7 +132,7 @@ struct Chunk {
     // T row by row, T_p = e_p + s_p sum_{q < p} M_pq T_q; and again in float64 where it is large.
     void invert(const Problem& of, const Rows& rows) {
         constexpr int VECTORS = ROWS / LANES;
-        const float *scalars = rows.read.scalars, *pairs = seen[Rows::READS][Rows::SOLVED];
+        const float *scalars = rows.read.scalars, *pairs = seen[READS][SOLVED];
         const int count = tokens * of.reads;
         Floats columns[VECTORS] = {}, largest_row{};
         for (int i = 0; i < count; i++) {
@@ -155,12 +161,12 @@ struct Chunk {
     }
 
     void invert_widely(const Problem& of, const Rows& rows) {
-        const Readers& by = rows.readers[Rows::READS];
+        const Readers& by = rows.readers[READS];
         for (int p = 0; p < count(by); p++) {
             const int token = p / by.each;
             double* row = wide_inverse + p * ROWS;
             for (int j = 0; j < ROWS; j++) row[j] = p == j;
-            const int end = visible(of, Rows::READS, Rows::SOLVED, by.each, token, p % by.each);
+            const int end = visible(of, READS, SOLVED, by.each, token, p % by.each);
             for (int q = 0; q < end; q++) {
                 const double entry = rows.read.scalars[p] * exact_pair(of, rows, p, q, by.place(token), q / by.each + 1);
                 for (int n = 0; n <= q; n++) row[n] += entry * wide_inverse[q * ROWS + n];
@@ -171,7 +177,7 @@ struct Chunk {
     // M_pq in float64, of rows that see and write `late` and `early` places from the start.
     double exact_pair(const Problem& of, const Rows& rows, int p, int q, int late, int early) const {
         const Decay& decay = rows.decay;
-        const float *read = rows.read.rows + p * rows.deep, *write = rows.writers[Rows::SOLVED].rows + q * rows.deep;
+        const float *read = rows.read.rows + p * rows.deep, *write = rows.writers[SOLVED].rows + q * rows.deep;
         double pair = 0;
         for (int k = 0; k < of.key_dim; k++) {
             double factor = (double)read[k] * write[k];

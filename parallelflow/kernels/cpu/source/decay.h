@@ -41,13 +41,18 @@ struct Decay {
         }
     }
 
-    // to = factor · e^c ⊙ from, a row of vectors at one place.
-    void see(int place, float factor, const float* from, float* to) const {
-        scale(factor, from_start, place, from, to);
+    // to = scalar · e^c ⊙ from, rows [.., row], `each` a token, the first token's at a place.
+    void see(int place, int tokens, int each, const float* scalars, const float* from, float* to) const {
+        for (int t = 0; t < tokens; t++)
+            for (int j = 0; j < each; j++, from += row, to += row)
+                scale(scalars ? *scalars++ : 1, from_start, place + t, from, to);
     }
 
     // to = e^{c_C - c_t} ⊙ from.
-    void keep(int token, const float* from, float* to) const { scale(1, to_end, token, from, to); }
+    void keep(int tokens, int each, const float* from, float* to) const {
+        for (int t = 0; t < tokens; t++)
+            for (int j = 0; j < each; j++, from += row, to += row) scale(1, to_end, t, from, to);
+    }
 
   private:
     void scale(float factor, const float* by, int at, const float* from, float* to) const {

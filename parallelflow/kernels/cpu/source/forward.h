@@ -13,21 +13,21 @@ static inline void answer(const Problem& of, Rows& rows, const Chunk& chunk, con
     const long wide = rows.wide;
     if (m) {
         const Factor& given = rows.lone_value;
-        scale_rows(m, width, [&](int i) { return given.scalars[i]; }, given.rows, wide, written[Rows::LONE], wide);
+        scale_rows(m, width, [&](int i) { return given.scalars[i]; }, given.rows, wide, written[LONE], wide);
     }
     if (!n) return;
     float* right = rows.right;
     const bool given = rows.value.present();
     if (m) {
         product<LOWER>(Tokens{(int)of.reads, (int)of.lone}, n, width, m,
-                       rows_of(chunk.seen[Rows::READS][Rows::LONE], ROW), written[Rows::LONE], wide, right, wide);
+                       rows_of(chunk.seen[READS][LONE], ROW), written[LONE], wide, right, wide);
         scale_rows(n, width, [&](int i) { return rows.read.scalars[i]; }, right, wide, right, wide);
     }
     if (given)
         scale_rows(n, width, [&](int i) { return rows.value.scalars[i]; }, rows.value.rows, wide, right, wide, m > 0);
-    product(n, width, of.key_dim, rows_of(rows.readers[Rows::READS].seeing, rows.deep), state, wide, right, wide,
+    product(n, width, of.key_dim, rows_of(rows.readers[READS].seeing, rows.deep), state, wide, right, wide,
             m > 0 || given);
-    chunk.solve(n, width, right, written[Rows::SOLVED], wide, false);
+    chunk.solve(n, width, right, written[SOLVED], wide, false);
 }
 
 class Forward {
@@ -62,13 +62,13 @@ class Forward {
         const Problem& of = lane.of;
         const int count = chunk.tokens, width = of.value_dim;
         const long row = rows.wide;
-        product(count, width, of.key_dim, rows_of(rows.readers[Rows::QUERIES].seeing, rows.deep), state, row,
+        product(count, width, of.key_dim, rows_of(rows.readers[QUERIES].seeing, rows.deep), state, row,
                 rows.output, row);
-        for (int kind : {Rows::SOLVED, Rows::LONE}) {
+        for (int kind : {SOLVED, LONE}) {
             const int each = rows.writers[kind].each;
             if (each)
                 product<LOWER>(Tokens{1, each}, count, width, count * each,
-                               rows_of(chunk.seen[Rows::QUERIES][kind], ROW), written[kind], row, rows.output, row, true);
+                               rows_of(chunk.seen[QUERIES][kind], ROW), written[kind], row, rows.output, row, true);
         }
         lane.write(rows.output, row, chunk.token, count, 1, of.output);
     }

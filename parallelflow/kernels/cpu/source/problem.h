@@ -65,29 +65,33 @@ struct Lane {
 
     // Rows [tokens · each, width], `each` a token.
     void read(const Array& array, long token, int tokens, int each, float* to, long to_row) const {
-        const long own = head / group(array);
-        for (int t = 0; t < tokens; t++)
-            for (int j = 0; j < each; j++)
-                read_row(array.place(batch, first + token + t, j, own), array.dtype(), array.width,
-                         to + (t * each + j) * to_row);
+        const char* row = array.place(batch, first + token, 0, head / group(array));
+        const long bytes = bytes_of(array.dtype()), next = array.row * bytes, later = array.time * bytes - each * next;
+        for (int t = 0; t < tokens; t++, row += later)
+            for (int j = 0; j < each; j++, row += next, to += to_row) read_row(row, array.dtype(), array.width, to);
     }
 
     // Gradients too: what value heads share is added, in their order.
     void write(const float* from, long from_row, long token, int tokens, int each, const Array& array) const {
-        const long group_of = group(array), heads_of_part = group_of / (group_of > 1 ? of.parts : 1);
-        const long within = head % group_of, part = within / heads_of_part;
-        const bool add = within % heads_of_part;
-        for (int t = 0; t < tokens; t++)
-            for (int j = 0; j < each; j++) {
-                const float* row = from + (t * each + j) * from_row;
-                char* to = array.place(batch, first + token + t, j, head / group_of);
-                if (group_of == 1) {
-                    write_row(row, array.dtype(), array.width, to);
-                } else {
-                    float* sums = (float*)to + part * array.part;
-                    for (int n = 0; n < array.width; n++) sums[n] = add ? sums[n] + row[n] : row[n];
-                }
+        const long group_of = group(array), bytes = bytes_of(array.dtype());
+        const long next = array.row * bytes, later = array.time * bytes - each * next;
+        char* row = array.place(batch, first + token, 0, head / group_of);
+        bool add = false;
+        if (group_of > 1) {
+            const long heads_of_part = group_of / of.parts, within = head % group_of;
+            row += within / heads_of_part * array.part * bytes;
+            add = within % heads_of_part;
+        }
+        for (int t = 0; t < tokens; t++, row += later)
+            for (int j = 0; j < each; j++, row += next, from += from_row) {
+                if (add) add_row(from, array.width, (float*)row);
+                else write_row(from, array.dtype(), array.width, row);
             }
+    }
+
+  private:
+    static void add_row(const float* from, int count, float* to) {
+        for (int n = 0; n < count; n++) to[n] += from[n];
     }
 };
 

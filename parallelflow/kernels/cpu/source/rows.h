@@ -99,17 +99,16 @@ struct Writers {
     float* lasting;        // e^{c_C - c_t} b: as the chunk's last state has them
 };
 
+enum { READS, QUERIES };  // kinds of readers
+enum { SOLVED, LONE };    // kinds of writers
+
 struct Rows {
     long deep, wide;
-    int readings, writings;  // kinds that there are: of [reads, queries] from the back, of [solved, lone] from `first`
     Decay decay;
     Factor read, value, lone_value;
     Readers readers[2];  // reads, queries
     Writers writers[2];  // solved, lone
     float *output, *right;
-
-    enum { READS, QUERIES };
-    enum { SOLVED, LONE };
 
     void arrange(Workspace& memory, const Problem& of) {
         deep = row_distance(of.key_dim), wide = row_distance(of.value_dim);
@@ -150,11 +149,9 @@ struct Rows {
             lone_value.read(lane, token, tokens, false);
         }
         for (const Readers& kind : readers)
-            for (int p = 0; p < tokens * kind.each; p++)
-                decay.see(kind.place(p / kind.each), kind.scalars[p], kind.rows + p * deep, kind.seeing + p * deep);
+            if (kind.each) decay.see(kind.place(0), tokens, kind.each, kind.scalars, kind.rows, kind.seeing);
         for (const Writers& kind : writers)
-            for (int q = 0; q < tokens * kind.each; q++)
-                decay.keep(q / kind.each, kind.rows + q * deep, kind.lasting + q * deep);
+            if (kind.each) decay.keep(tokens, kind.each, kind.rows, kind.lasting);
     }
 
     // S <- e^{c_C} S + Bᵀ [X; u].
