@@ -15,10 +15,12 @@ import struct
 from array import array
 from functools import cache, reduce
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from parallelflow.checks import Memory
 from parallelflow.kernels.cpu.build import library
 from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
 
@@ -30,45 +32,83 @@ ABSENT: Field = (0,) * 9
 PROBLEM = struct.Struct(f"@{9 * (2 * SLOTS + 1) + 25}qd")  # struct Problem of source/problem.h, field by field
 
 
+class _Layout(NamedTuple):
+    """What follows from shapes, strides and dtypes alone: the axis of each slot's heads, ``struct Array`` of each slot
+    without its address, and which slots are to be made dense first."""
+
+    sizes: Sizes
+    head_axes: tuple[int, ...]
+    arrays: tuple[int, ...]
+    strewn: tuple[int, ...]
+
+
+_KNOWN: Memory[_Layout] = Memory()
+
+
+def _layout(inputs: Inputs) -> _Layout:
+    key = tuple([None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs])
+    found = _KNOWN.recall(key)
+    if found is not None:
+        return found
+    single = inputs.single
+    axes = tuple(3 if 0 < slot < 9 and slot not in single else 2 for slot in range(SLOTS))
+    arrays: list[int] = []
+    strewn = []
+    for slot, axis in enumerate(axes):
+        tensor = inputs[slot]
+        if tensor is None:
+            arrays += ABSENT
+            continue
+        if tensor.ndim > axis + 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strewn.append(slot)
+            tensor = tensor.contiguous()
+        arrays += _array(tensor, axis)
+    found = _Layout(sizes_of(inputs), axes, tuple(arrays), tuple(strewn))
+    _KNOWN.keep(key, found)
+    return found
+
+
+def _array(tensor: Tensor, axis: int, part: int = 0) -> Field:
+    """``struct Array`` of source/numbers.h without its address: ``[B, T, (R,) heads(, D)]`` with the heads on an axis,
+    channels dense. ``part``: numbers in a part, whose axis comes before all others."""
+    shape, stride = (tensor.shape[1:], tensor.stride()[1:]) if part else (tensor.shape, tensor.stride())
+    width = shape[axis + 1] if len(shape) > axis + 1 else 1
+    rows = stride[2] if axis == 3 else 0
+    return 0, stride[0], stride[1], rows, stride[axis], part, TYPES[tensor.dtype], shape[axis], width
+
+
 class _Call:
     """A problem as the library takes it, and what it points to."""
 
     def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None) -> None:
         self.inputs, self.traits, self.starts = inputs, traits, sequence_starts
-        self.sizes: Sizes = sizes_of(inputs)
+        self.sizes, self.head_axes, arrays, strewn = _layout(inputs)
         self.batch, self.time = inputs.query.shape[:2]
         self.sequences = self.batch if sequence_starts is None else len(sequence_starts) - 1
         self.threads = torch.get_num_threads()
         self.kept: list[object] = []
-        single = inputs.single
-        self.head_axes = [3 if 0 < slot < 9 and slot not in single else 2 for slot in range(SLOTS)]
-        self.given: list[int] = []
+        self.given = list(arrays)
         for slot in range(SLOTS):
-            self.given += self.array(inputs[slot], self.head_axes[slot])
+            tensor = inputs[slot]
+            if tensor is not None:
+                if slot in strewn:
+                    tensor = tensor.contiguous()
+                    self.kept.append(tensor)
+                self.given[9 * slot] = tensor.data_ptr()
 
-    def array(self, tensor: Tensor | None, axis: int, part: int = 0) -> Field:
-        """``struct Array`` of source/numbers.h, with the heads on an axis: as the tensor lies, if its channels are
-        dense. ``part``: numbers in a part, which come before all other axes."""
-        if tensor is None:
-            return ABSENT
-        shape = tensor.shape[1:] if part else tensor.shape
-        width = shape[axis + 1] if len(shape) > axis + 1 else 1
-        stride = tensor.stride()
-        if width > 1 and stride[-1] != 1:
+    def array(self, tensor: Tensor, axis: int, part: int = 0) -> Field:
+        """``struct Array`` of an output, or of its gradient."""
+        if tensor.ndim > axis + 1 and tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
-            stride = tensor.stride()
-        if part:
-            stride = stride[1:]
         self.kept.append(tensor)
-        rows = stride[2] if axis == 3 else 0
-        place = (tensor.data_ptr(), stride[0], stride[1], rows, stride[axis], part)
-        return *place, TYPES[tensor.dtype], shape[axis], width
+        return tensor.data_ptr(), *_array(tensor, axis, part)[1:]
 
     def numbers(self, tensor: Tensor | None) -> int:
         """float32, contiguous."""
         if tensor is None:
             return 0
-        tensor = tensor.float().contiguous()
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            tensor = tensor.float().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
