@@ -1,7 +1,7 @@
 """Which problems the kernels serve, and those problems in the kernels' terms.
 
-A kernel serves rows, not models: here one row a token, no or scalar decay, read decayed; either tied (``-β k`` reads,
-``k`` writes ``β v``) or only writing. Everything else is the torch backend's.
+A kernel serves rows, not models. On a CPU: any, up to 16 a token. On a GPU: one row a token, no or scalar decay, read
+decayed; either tied (``-β k`` reads, ``k`` writes ``β v``) or only writing. Everything else is the torch backend's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallelflow.kernels.cpu import build
+from parallelflow.kernels.cpu import build, flow
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +33,8 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
-    return _elsewhere(tier, inputs) or _unserved(inputs, traits)
+    unserved = _unserved_on_a_cpu if tier == "cpu" else _unserved_on_a_gpu
+    return _elsewhere(tier, inputs) or _too_large(inputs) or unserved(inputs, traits)
 
 
 def _elsewhere(tier: str, inputs: Inputs) -> str | None:
@@ -57,13 +58,25 @@ def _compiled() -> bool:
     return build.COMPILER is not None and (torch.compiler.is_compiling() or build.usable())
 
 
-def _unserved(inputs: Inputs, traits: Traits) -> str | None:
-    """Why these rows are not among those that the kernels serve."""
+def _too_large(inputs: Inputs) -> str | None:
+    """Why no kernel takes these dtypes or sizes."""
     sizes, query = sizes_of(inputs), inputs.query
     if query.dtype not in SUPPORTED or sizes.compute_dtype != torch.float32:
         return f"dtype {query.dtype} computed in {sizes.compute_dtype}, expected 16 or 32 bits throughout"
     if max(sizes.key_dim, sizes.value_dim) > LARGEST_HEAD:
         return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {LARGEST_HEAD}"
+    return None
+
+
+def _unserved_on_a_cpu(inputs: Inputs, traits: Traits) -> str | None:
+    """Why these rows are not among those that the CPU's kernels serve."""
+    del inputs
+    return None if traits.rank <= flow.MOST_ROWS else f"{traits.rank} rows a token, expected at most {flow.MOST_ROWS}"
+
+
+def _unserved_on_a_gpu(inputs: Inputs, traits: Traits) -> str | None:
+    """Why these rows are not among those that the GPU's kernels serve."""
+    sizes = sizes_of(inputs)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
         return "a decay a key channel, expected none or one a head"
     if traits.raw:
@@ -119,7 +132,9 @@ def forward(
     inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
-    output, final, saved = _kernels(tier).forward(
+    if tier == "cpu":
+        return flow.forward(inputs, traits, sequence_starts, keep)
+    output, final, saved = _kernels().forward(
         *_arguments(inputs), **_options(inputs, traits, sequence_starts, tier), need_final_state=True,
         save_for_backward=keep,
     )  # fmt: skip
@@ -129,11 +144,7 @@ def forward(
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
     """One token (T = 1) on a CPU: output and state."""
-    from parallelflow.kernels.cpu import delta
-
-    options = _options(inputs, traits, None, "cpu")
-    del options["sequence_starts"]
-    return delta.step(*_arguments(inputs), **options)
+    return flow.step(inputs, traits)
 
 
 def backward(
@@ -146,8 +157,10 @@ def backward(
     d_final: Tensor | None,
 ) -> Inputs:
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
+    if tier == "cpu":
+        return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     options = _options(inputs, traits, sequence_starts, tier)
-    found = _kernels(tier).backward(
+    found = _kernels().backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
@@ -159,9 +172,9 @@ def backward(
     return gradients if inputs.single else gradients.stacked()
 
 
-def _kernels(tier: str) -> Any:
-    """The module that has a tier's forward and backward."""
-    return importlib.import_module(f"parallelflow.kernels.{'cpu.delta' if tier == 'cpu' else 'delta'}")
+def _kernels() -> Any:
+    """The module that has the GPU's forward and backward."""
+    return importlib.import_module("parallelflow.kernels.delta")
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -181,10 +194,10 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, T
 
 
 def _options(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> dict:
-    options = {
+    return {
         "tied": bool(traits.positions),
         "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
         "sequence_starts": None if sequence_starts is None else tuple(sequence_starts),
+        "tier": tier,
     }
-    return options if tier == "cpu" else options | {"tier": tier}
