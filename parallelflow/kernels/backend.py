@@ -1,7 +1,8 @@
 """Which problems the kernels serve, and those problems in the kernels' terms.
 
-A kernel serves rows, not models. On a CPU: any, up to 16 a token. On a GPU: one row a token, no or scalar decay, read
-decayed; either tied (``-β k`` reads, ``k`` writes ``β v``) or only writing. Everything else is the torch backend's.
+A kernel serves rows, not models: any rows, up to 16 a token, on a CPU (``cpu``) and on a GPU (``triton``). On a GPU one
+row a token with no or scalar decay, read decayed, either tied (``-β k`` reads, ``k`` writes ``β v``) or only writing,
+has kernels of its own, the delta rule's, and those have a tier for Hopper. Everything else is the torch backend's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from parallelflow.problem import Inputs, Traits, sizes_of
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 512
+MOST_ROWS = flow.MOST_ROWS  # a token
 
 
 def _is_there(module: str) -> bool:
@@ -33,8 +35,12 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
-    unserved = _unserved_on_a_cpu if tier == "cpu" else _unserved_on_a_gpu
-    return _elsewhere(tier, inputs) or _too_large(inputs) or unserved(inputs, traits)
+    why = _elsewhere(tier, inputs) or _too_large(inputs) or _too_many(traits)
+    if why is None and tier == "hopper":
+        why = _beyond_the_delta_rule(inputs, traits)
+    if why is None and tier == "triton" and traits.sequential and traits.positions and traits.lone_positions:
+        why = "sequential rows of which some only write, expected simultaneous ones"
+    return why
 
 
 def _elsewhere(tier: str, inputs: Inputs) -> str | None:
@@ -68,14 +74,15 @@ def _too_large(inputs: Inputs) -> str | None:
     return None
 
 
-def _unserved_on_a_cpu(inputs: Inputs, traits: Traits) -> str | None:
-    """Why these rows are not among those that the CPU's kernels serve."""
-    del inputs
-    return None if traits.rank <= flow.MOST_ROWS else f"{traits.rank} rows a token, expected at most {flow.MOST_ROWS}"
+def _too_many(traits: Traits) -> str | None:
+    """Why no kernel takes so many rows."""
+    if traits.rank > MOST_ROWS:
+        return f"{traits.rank} rows a token, expected at most {MOST_ROWS}"
+    return None
 
 
-def _unserved_on_a_gpu(inputs: Inputs, traits: Traits) -> str | None:
-    """Why these rows are not among those that the GPU's kernels serve."""
+def _beyond_the_delta_rule(inputs: Inputs, traits: Traits) -> str | None:
+    """Why these rows are not those of the delta rule's kernels."""
     sizes = sizes_of(inputs)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
         return "a decay a key channel, expected none or one a head"
@@ -108,7 +115,7 @@ def hopper_fits(inputs: Inputs) -> bool:
     return scan.fits(inputs.query, value, delta.chunks_of(inputs.query, value, None, None))
 
 
-def fastest(inputs: Inputs) -> str:
+def fastest(inputs: Inputs, traits: Traits) -> str:
     """The fastest backend where these tensors are.
 
     On a CPU the compiled kernels, where they can be compiled. On a GPU Hopper's tier where it fits; else the portable
@@ -122,7 +129,7 @@ def fastest(inputs: Inputs) -> str:
         return "cpu" if _compiled() else "torch"
     if device.type != "cuda" or not TRITON:
         return "torch"
-    if hopper_fits(inputs):
+    if _beyond_the_delta_rule(inputs, traits) is None and hopper_fits(inputs):
         return "hopper"
     tried = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return "triton" if tried else "torch"
@@ -134,7 +141,9 @@ def forward(
     """Output, final states and, if ``keep``, what the backward pass needs not compute again."""
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep)
-    output, final, saved = _kernels().forward(
+    if _beyond_the_delta_rule(inputs, traits) is not None:
+        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, keep)
+    output, final, saved = _kernels("delta").forward(
         *_arguments(inputs), **_options(inputs, traits, sequence_starts, tier), need_final_state=True,
         save_for_backward=keep,
     )  # fmt: skip
@@ -159,8 +168,10 @@ def backward(
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     if tier == "cpu":
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
+    if _beyond_the_delta_rule(inputs, traits) is not None:
+        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     options = _options(inputs, traits, sequence_starts, tier)
-    found = _kernels().backward(
+    found = _kernels("delta").backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
@@ -172,9 +183,9 @@ def backward(
     return gradients if inputs.single else gradients.stacked()
 
 
-def _kernels() -> Any:
-    """The module that has the GPU's forward and backward."""
-    return importlib.import_module("parallelflow.kernels.delta")
+def _kernels(module: str) -> Any:
+    """A module that has a forward and a backward on a GPU."""
+    return importlib.import_module(f"parallelflow.kernels.{module}")
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:

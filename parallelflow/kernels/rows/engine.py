@@ -1,8 +1,5 @@
-"""Rows of every kind, forward and backward, from the stages: prepare, scan; scan again, scan in reverse, pairs, pull."""
+"""Rows of every kind, forward and backward: prepare, scan; then scan again, scan in reverse, pairs, pull."""
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
 from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
@@ -17,20 +14,20 @@ from parallelflow.problem import Inputs, Traits
 class Rows:
     """A problem as the kernels take it: contiguous tensors, and how they lie."""
 
-    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | None) -> None:
+    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None) -> None:
         kept: dict[int, Tensor] = {}
 
         def whole(tensor: Tensor | None) -> Tensor | None:  # the same tensor twice stays the same
             return None if tensor is None else kept.setdefault(id(tensor), tensor.contiguous())
 
-        inputs = Inputs(*map(whole, inputs.stacked()))
+        inputs = Inputs(*map(whole, inputs.stacked()))  # type: ignore[arg-type]
         self.inputs, self.traits = inputs, traits
         self.layout = layout = Layout.of(inputs, traits)
         batch, time = inputs.query.shape[:2]
         self.chunks: Chunks = (
             regular_chunks(batch, time, layout.C)
             if sequence_starts is None
-            else known_chunks(sequence_starts, layout.C, inputs.query.device)
+            else known_chunks(tuple(sequence_starts), layout.C, inputs.query.device)
         )
         self.scale = layout.K**-0.5 if traits.scale is None else traits.scale
         self.read = None if inputs.read is None else Factor(inputs.read, inputs.read_coefficient, traits.read_sign)
@@ -57,7 +54,7 @@ class Rows:
         return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
 
 
-def forward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | None, keep: bool,
+def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool,
             ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 and, if ``keep``, what ``prepare`` made."""
     rows = Rows(inputs, traits, sequence_starts)
@@ -68,7 +65,7 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | N
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
 
-def backward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | None, saved: list[Tensor],
+def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, saved: list[Tensor],
              d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
     """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
     rows = Rows(inputs, traits, sequence_starts)
@@ -79,19 +76,19 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | 
     exits, d_source, d_given, d_initial = reverse_scan(
         prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
         initial_gradient=rows.initial is not None)  # fmt: skip
-    total, prepared = prepared.total, None  # its memory is free for the gradients
+    total = prepared.total
+    del prepared, saved  # their memory is free for the gradients
     met = pairs(solution, rows.given, d_source, d_output, of.log_decay, layout, chunks)
     pulled = pull(of.query, rows.read, of.write, of.lone_write, of.log_decay, solution, rows.given, d_source, d_output,
                   entries, exits, total, met, layout, chunks, rows.scale)  # fmt: skip
 
-    def gathered(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    def gathered(gradient: Tensor, like: Tensor) -> Tensor:
         """Summed over the value heads that share a head."""
-        if gradient is None or like is None:
-            return None
         heads = like.shape[3]
-        if gradient.shape[3] != heads:
-            gradient = gradient.unflatten(3, (heads, -1)).sum(4)
-        return gradient
+        return gradient if gradient.shape[3] == heads else gradient.unflatten(3, (heads, -1)).sum(4)
+
+    def pulled_rows(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None or like is None else gathered(gradient, like)
 
     def pulled_factor(gradient: Tensor | None, vector: Tensor | None, coefficient: Tensor | None, sign: int,
                       ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
@@ -105,17 +102,16 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | 
         d_coefficient = gradient * rows.spread(vector)
         if coefficient.ndim == 4:
             d_coefficient = d_coefficient.sum(-1, keepdim=True)
-        d_coefficient = gathered(d_coefficient, wide)
-        assert d_coefficient is not None
-        return gathered(gradient * rows.spread(wide), vector), d_coefficient.reshape(coefficient.shape)
+        d_coefficient = gathered(d_coefficient, wide).reshape(coefficient.shape)
+        return gathered(gradient * rows.spread(wide), vector), d_coefficient
 
     d_read, d_read_coefficient = pulled_factor(pulled.read, of.read, of.read_coefficient, traits.read_sign)
     d_value, d_value_coefficient = pulled_factor(d_source, of.value, of.value_coefficient, traits.value_sign)
     d_lone, d_lone_coefficient = pulled_factor(d_given, of.lone_value, of.lone_coefficient, traits.lone_sign)
     gradients = Inputs(
-        query=gathered(pulled.query, of.query.unsqueeze(2)).squeeze(2),  # type: ignore[union-attr]
-        read=d_read, read_coefficient=d_read_coefficient, write=gathered(pulled.write, of.write),
-        value=d_value, value_coefficient=d_value_coefficient, lone_write=gathered(pulled.lone, of.lone_write),
+        query=gathered(pulled.query, of.query.unsqueeze(2)).squeeze(2),
+        read=d_read, read_coefficient=d_read_coefficient, write=pulled_rows(pulled.write, of.write),
+        value=d_value, value_coefficient=d_value_coefficient, lone_write=pulled_rows(pulled.lone, of.lone_write),
         lone_value=d_lone, lone_coefficient=d_lone_coefficient, log_decay=pulled.log_decay, initial_state=d_initial,
     )  # fmt: skip
     # A tensor in two slots: added before anything is rounded.
@@ -127,7 +123,7 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: tuple[int, ...] | 
     return Inputs(*(
         None if gradient is None or given is None else gradient.to(given.dtype).view(given.shape)
         for gradient, given in zip(gradients, inputs, strict=True)
-    ))  # fmt: skip
+    ))  # type: ignore[arg-type]  # fmt: skip
 
 
 def _restored(saved: list[Tensor], layout: Layout) -> Prepared:

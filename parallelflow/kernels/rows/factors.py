@@ -65,8 +65,8 @@ def load_factor(vector, coefficient, first, length, head, column, ROWS: tl.const
 @triton.jit
 def load_channel_decays(log_decay, first, length, head, column, SHIFT: tl.constexpr, ROWS: tl.constexpr,
                         COUNT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Decays of the tokens SHIFT away, in units of log 2, at one row of each token: the first for SHIFT ≤ 0, the last for
-    SHIFT > 0. 0 outside the chunk."""
+    """Decays of the tokens SHIFT away, in units of log 2, at one row of each token: the first for SHIFT ≤ 0, the last
+    for SHIFT > 0. 0 outside the chunk."""
     PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
     token, place = places(ROWS, COUNT)
     there = token + SHIFT
@@ -94,8 +94,8 @@ def summed(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, REVERSE: tl.constex
 
 @triton.jit
 def from_boundary(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, RAW: tl.constexpr):
-    """e^{sum from the first token of the row's block to the row's own}; RAW: the own one left out, ``decays`` being those
-    of the tokens before."""
+    """e^{sum from the first token of the row's block to the row's own}; RAW: the own one left out, ``decays`` being
+    those of the tokens before."""
     if RAW:
         token, place = places(decays.shape[0], COUNT)
         decays = tl.where((token % BLOCK != 0)[:, None], decays, 0.0)

@@ -46,7 +46,8 @@ def store_pairs(base, flat, pairs, keep, late_high, late_low, early_high, early_
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def pairs_kernel(solution, given, d_source, d_output, log_decay, gram, scores, lone_gram, lone_scores,
                  table, time, per_sequence,
-                 C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr, M: tl.constexpr, Q: tl.constexpr,
+                 C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+                 M: tl.constexpr, Q: tl.constexpr,
                  HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GIVEN_HEADS: tl.constexpr, DECAY: tl.constexpr,
                  RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, PACKED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip

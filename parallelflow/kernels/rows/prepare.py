@@ -36,9 +36,9 @@ from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Lay
 
 
 class Prepared(NamedTuple):
-    """``reads, writes [B, T, R, HV, K]``, ``queries [B, T, 1, HV, K]``, ``lone [B, T, L, HV, K]``; of each chunk and value
-    head ``inverse [N, N]``, ``scores [Q, N]``, ``lone_gram [N, M]``, ``lone_scores [Q, M]``; ``total``: None without
-    decay, else ``[chunks, HV]`` or ``[chunks, HV, K]`` in float32. What a driver lacks is None."""
+    """``reads, writes [B, T, R, HV, K]``, ``queries [B, T, 1, HV, K]``, ``lone [B, T, L, HV, K]``; of each chunk and
+    value head ``inverse [N, N]``, ``scores [Q, N]``, ``lone_gram [N, M]``, ``lone_scores [Q, M]``; ``total``: None
+    without decay, else ``[chunks, HV]`` or ``[chunks, HV, K]`` in float32. What a driver lacks is None."""
 
     queries: Tensor
     reads: Tensor | None
@@ -62,7 +62,8 @@ def paired(sums, late, early, keep, PRECISION: tl.constexpr, DTYPE: tl.constexpr
 def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
                 queries, reads, writes, lone, gram, scores, lone_gram, lone_scores, total,
                 table, time, per_sequence, scale,
-                C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr, M: tl.constexpr, Q: tl.constexpr,
+                C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+                M: tl.constexpr, Q: tl.constexpr,
                 H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
                 RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
                 READ_COEFFICIENT_HEADS: tl.constexpr, READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr,
@@ -243,7 +244,9 @@ def of_factor(name: str, factor: Factor | None) -> dict[str, int]:
 
 
 def sizes(layout: Layout) -> dict[str, int]:
-    return {"C": layout.C, "LEVELS": layout.C.bit_length() - 1, "R": layout.R, "L": layout.L, "N": layout.N, "M": layout.M, "Q": layout.Q}
+    """What every stage is compiled for."""
+    names = {name: getattr(layout, name) for name in ("C", "R", "L", "N", "M", "Q")}
+    return {**names, "LEVELS": layout.C.bit_length() - 1}
 
 
 def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: Tensor | None,
@@ -269,12 +272,14 @@ def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write
         launch = bind(
             gram_kernel, **sizes(layout), H=layout.heads, HV=heads, K=layout.K,
             BK=widest(layout.K, query.element_size(), layout.decay), DECAY=layout.decay, RAW=layout.raw,
-            SEQUENTIAL=layout.sequential, **of_factor("READ", read), WRITE_HEADS=1 if write is None else write.shape[-2],
+            SEQUENTIAL=layout.sequential, **of_factor("READ", read),
+            WRITE_HEADS=1 if write is None else write.shape[-2],
             LONE_HEADS=1 if lone_write is None else lone_write.shape[-2], PACKED=chunks.packed, PRECISION=precision,
             num_warps=4, num_stages=1)  # fmt: skip
         vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
         launch(pairs, query, vector, coefficient, write, lone_write, log_decay, queries, reads, writes, lone, gram,
-               scores, lone_gram, lone_scores, total, chunks.table, chunks.time, chunks.per_sequence, scale)  # fmt: skip
+               scores, lone_gram, lone_scores, total, chunks.table, chunks.time, chunks.per_sequence,
+               scale)  # fmt: skip
     inverse = None
     if gram is not None:
         inverse = torch.empty_like(gram, dtype=query.dtype)

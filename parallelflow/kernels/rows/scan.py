@@ -2,7 +2,8 @@
 
 One program carries the state of one sequence, value head and tile of value channels, transposed, S^T [BV, K]. Per chunk
 
-    X = T (U + reads S + couple given),     said = says S + own X + through given,     S <- total S + writes^T X + gives^T given
+    X = T (U + reads S + couple given)            said = says S + own X + through given
+    S <- total S + writes^T X + gives^T given
 
 Forward: given are the lone rows' values, said the outputs. In reverse S is the gradient of the state; reads and writes
 change places, says and gives too, and each matrix is transposed: given is the outputs' gradient, X that of U, said that
@@ -18,7 +19,7 @@ from parallelflow.kernels.chunks import Chunks, locate_sequence
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.products import float32_precision, product
 from parallelflow.kernels.rows.factors import load_rows, store_rows
-from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Layout
+from parallelflow.kernels.rows.layout import Layout
 from parallelflow.kernels.rows.prepare import Prepared
 
 
