@@ -208,7 +208,7 @@ def _longest(query: Tensor, starts: list[int] | None) -> int:
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     """``torch``, or the tier of the kernels that runs."""
-    tier = fastest(inputs) if backend == "auto" else backend
+    tier = fastest(inputs, traits) if backend == "auto" else backend
     if tier == "torch":
         return tier
     why: str | None = f"{plan}, expected {Plan()}"

@@ -133,24 +133,17 @@ STRUCTURES: tuple[Model, ...] = tuple(
 """One model of each structure (decay, reads, order, ties, kinds of rows), where all of them would cost minutes."""
 
 
-COMPILED = (
-    "linear_attention", "retention", "lightning_attention", "ssd", "delta_rule", "gated_delta_rule", "longhorn", "efla",
-)  # fmt: skip
-"""The functions that the compiled kernels serve: ``auto`` takes those, where there is a compiler."""
-
-
 def by_name(model: Model) -> str:
     return model.name
 
 
-def backends_of(model: Model) -> tuple[str, ...]:
-    """``auto``, and the torch backend where that is another one."""
-    return ("auto", "torch") if model.function in COMPILED else ("auto",)
+BACKENDS = ("auto", "torch")
+"""On a CPU ``auto`` takes the compiled kernels for every model, where there is a compiler."""
 
 
 def with_backends(models: Sequence[Model]) -> list[Any]:
-    """Each model on each of its backends."""
-    return [pytest.param(model, each, id=f"{model.name}-{each}") for model in models for each in backends_of(model)]
+    """Each model on each backend."""
+    return [pytest.param(model, each, id=f"{model.name}-{each}") for model in models for each in BACKENDS]
 
 
 def require_grad(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

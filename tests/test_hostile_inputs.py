@@ -18,7 +18,7 @@ from parallelflow.testing import (
     relative_error,
     round_inputs,
 )
-from tests.cases import AGGREGATES, MODELS, PUBLISHED, SOLVERS, STRUCTURES, Model, backends_of, by_name
+from tests.cases import AGGREGATES, BACKENDS, MODELS, PUBLISHED, SOLVERS, STRUCTURES, Model, by_name
 
 SIZES = Sizes(batch=2, length=6, heads=2, value_heads=4, key_size=3, value_size=5)
 DELTA = next(model for model in MODELS if model.name == "gated_delta_rule")
@@ -298,7 +298,7 @@ def check_budget(model: Model, kind: str, dtype: torch.dtype, keep=("beta", "log
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("model", "kind"), list(hard_cases()))
 def test_hard_data_within_budget(model, kind, dtype):
-    for backend in backends_of(model):
+    for backend in BACKENDS:
         check_budget(model, kind, dtype, backend=backend)
 
 

@@ -1,7 +1,8 @@
 """Which problems the kernels serve, and those problems in the kernels' terms.
 
-A kernel serves rows, not models: here one row a token, no or scalar decay, read decayed; either tied (``-β k`` reads,
-``k`` writes ``β v``) or only writing. Everything else is the torch backend's.
+A kernel serves rows, not models: any rows, up to 16 a token, on a CPU (``cpu``) and on a GPU (``triton``). On a GPU one
+row a token with no or scalar decay, read decayed, either tied (``-β k`` reads, ``k`` writes ``β v``) or only writing,
+has kernels of its own, the delta rule's, and those have a tier for Hopper. Everything else is the torch backend's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallelflow.kernels.cpu import build
+from parallelflow.kernels.cpu import build, flow
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 512
+MOST_ROWS = flow.MOST_ROWS  # a token
 
 
 def _is_there(module: str) -> bool:
@@ -33,7 +35,12 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
-    return elsewhere(tier, inputs) or _unserved(inputs, traits)
+    why = elsewhere(tier, inputs) or _too_large(inputs) or _too_many(traits)
+    if why is None and tier == "hopper":
+        why = _beyond_the_delta_rule(inputs, traits)
+    if why is None and tier == "triton" and traits.sequential and traits.positions and traits.lone_positions:
+        why = "sequential rows of which some only write, expected simultaneous ones"
+    return why
 
 
 def elsewhere(tier: str, inputs: Inputs) -> str | None:
@@ -57,13 +64,26 @@ def _compiled() -> bool:
     return build.COMPILER is not None and (torch.compiler.is_compiling() or build.usable())
 
 
-def _unserved(inputs: Inputs, traits: Traits) -> str | None:
-    """Why these rows are not among those that the kernels serve."""
+def _too_large(inputs: Inputs) -> str | None:
+    """Why no kernel takes these dtypes or sizes."""
     sizes, query = sizes_of(inputs), inputs.query
     if query.dtype not in SUPPORTED or sizes.compute_dtype != torch.float32:
         return f"dtype {query.dtype} computed in {sizes.compute_dtype}, expected 16 or 32 bits throughout"
     if max(sizes.key_dim, sizes.value_dim) > LARGEST_HEAD:
         return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {LARGEST_HEAD}"
+    return None
+
+
+def _too_many(traits: Traits) -> str | None:
+    """Why no kernel takes so many rows."""
+    if traits.rank > MOST_ROWS:
+        return f"{traits.rank} rows a token, expected at most {MOST_ROWS}"
+    return None
+
+
+def _beyond_the_delta_rule(inputs: Inputs, traits: Traits) -> str | None:
+    """Why these rows are not those of the delta rule's kernels."""
+    sizes = sizes_of(inputs)
     if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
         return "a decay a key channel, expected none or one a head"
     if traits.raw:
@@ -95,7 +115,7 @@ def hopper_fits(inputs: Inputs) -> bool:
     return scan.fits(inputs.query, value, schedule.chunks_of(inputs.query, value, None, None))
 
 
-def fastest(inputs: Inputs) -> str:
+def fastest(inputs: Inputs, traits: Traits) -> str:
     """The fastest backend where these tensors are.
 
     On a CPU the compiled kernels, where they can be compiled. On a GPU Hopper's tier where it fits; else the portable
@@ -109,7 +129,7 @@ def fastest(inputs: Inputs) -> str:
         return "cpu" if _compiled() else "torch"
     if device.type != "cuda" or not TRITON:
         return "torch"
-    if hopper_fits(inputs):
+    if _beyond_the_delta_rule(inputs, traits) is None and hopper_fits(inputs):
         return "hopper"
     tried = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return "triton" if tried else "torch"
@@ -125,8 +145,12 @@ def forward(
     need_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again."""
+    if tier == "cpu":
+        return flow.forward(inputs, traits, sequence_starts, keep)
+    if _beyond_the_delta_rule(inputs, traits) is not None:
+        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, keep)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
-    output, final, saved = _kernels(tier).forward(
+    output, final, saved = _kernels("delta").forward(
         *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
     )
     return output, final, saved
@@ -134,11 +158,7 @@ def forward(
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
     """One token (T = 1) on a CPU: output and state."""
-    from parallelflow.kernels.cpu import delta
-
-    options = _options(inputs, traits, None, "cpu")
-    del options["sequence_starts"]
-    return delta.step(*_arguments(inputs), **options)
+    return flow.step(inputs, traits)
 
 
 def backward(
@@ -152,8 +172,12 @@ def backward(
     batch_invariant: bool = True,
 ) -> Inputs:
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
+    if tier == "cpu":
+        return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
+    if _beyond_the_delta_rule(inputs, traits) is not None:
+        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
-    found = _kernels(tier).backward(
+    found = _kernels("delta").backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
@@ -165,9 +189,9 @@ def backward(
     return gradients if inputs.single else gradients.stacked()
 
 
-def _kernels(tier: str) -> Any:
-    """The module that has a tier's forward and backward."""
-    return importlib.import_module(f"parallelflow.kernels.{'cpu.delta' if tier == 'cpu' else 'delta'}")
+def _kernels(module: str) -> Any:
+    """A module that has a forward and a backward on a GPU."""
+    return importlib.import_module(f"parallelflow.kernels.{module}")
 
 
 def _factors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -187,12 +211,13 @@ def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, T
 
 
 def _options(
-    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, batch_invariant: bool = True
+    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, batch_invariant: bool
 ) -> dict:
-    options = {
+    return {
         "tied": bool(traits.positions),
         "scale": inputs.query.shape[3] ** -0.5 if traits.scale is None else traits.scale,
         "initial_state": inputs.initial_state,
         "sequence_starts": None if sequence_starts is None else tuple(sequence_starts),
+        "tier": tier,
+        "batch_invariant": batch_invariant,
     }
-    return options if tier == "cpu" else options | {"tier": tier, "batch_invariant": batch_invariant}

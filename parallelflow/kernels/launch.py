@@ -43,6 +43,10 @@ class Compiled(NamedTuple):
     encodings: tuple[Encoding, ...]
 
 
+def _no_integers(arguments: tuple) -> tuple[int, ...]:
+    return (0,)
+
+
 class Pattern:
     """Launches of one kernel whose arguments have the same types: where tensors, descriptors and integers stand, and
     what Triton compiled for each set of dtypes."""
@@ -53,7 +57,7 @@ class Pattern:
         self.descriptors = sum(hasattr(argument, "encoded") for argument in arguments)
         self.places = places
         self.tensors = itemgetter(*places, places[0])  # one twice: of two or more it is a tuple
-        self.integers = itemgetter(*integers, integers[0])
+        self.integers = itemgetter(*integers, integers[0]) if integers else _no_integers
         self.chosen_by = [place for place in integers if not kernel.params[place].do_not_specialize]
         self.compiled: dict[tuple, Compiled | None] = {}
 

@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
     digest = hashlib.sha256("\n".join([version, *FLAGS, _instruction_set()]).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    target = _folder() / f"delta-{digest.hexdigest()[:16]}.so"
+    target = _folder() / f"flow-{digest.hexdigest()[:16]}.so"
     if not target.exists():
         _compile(COMPILER, target)
     try:
@@ -76,7 +76,7 @@ def _compile(command: str, target: Path) -> None:
     descriptor, made = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
     try:
-        found = subprocess.run([command, *FLAGS, str(SOURCE / "delta.cpp"), "-o", made], capture_output=True, text=True,
+        found = subprocess.run([command, *FLAGS, str(SOURCE / "flow.cpp"), "-o", made], capture_output=True, text=True,
                                check=False)  # fmt: skip
         if found.returncode:
             raise Unavailable(f"{command} failed:\n{found.stderr[-2000:]}")

@@ -1,16 +1,17 @@
 // The gradients of one head of one sequence, from its last chunk to its first; a window's states are made again from
 // the one that entered it.
 //
-// With D the gradient of the state after a chunk, S the state before it:
+// With D the gradient of the state after a chunk, S the state before it, X and u what its rows write:
 //
-//     dX = Pᵀ dO + (e^{c_C - c} k) D        R = Tᵀ dX        dv = beta R
-//     dM-like G_ij = R_i·X_j (j < i),  dP_ij = dO_i·X_j (j <= i);  A = -beta_i E G,  B = scale E dP
-//     dq = scale e^c (dO Sᵀ) + B k
-//     dk = -beta e^c (R Sᵀ) + A k + Aᵀ k + Bᵀ q + e^{c_C - c} (X Dᵀ)
-//     dbeta_i = R_i·v_i - e^{c_i} k_i·(S R_i) - sum_j M_ij G_ij
-//     D <- e^{c_C} D + (scale e^c q)ᵀ dO - (beta e^c k)ᵀ R
+//     dX = Pᵀ dO + (e^{c_C - c} b) D        Y = Tᵀ dX        dU = Y        du = Pᵀ dO + (e^{c_C - c} b) D + Mᵀ s Y
+//     dM = s Y [X; u]ᵀ     dP = scale dO [X; u]ᵀ     where a row sees, times e^{…}
+//     dq = scale e^c (dO Sᵀ) + dP b
+//     dr = s e^c (Y Sᵀ) + dM b
+//     db = e^{c_C - c} ([X; u] Dᵀ) + dMᵀ r + dPᵀ q
+//     ds_p = r_p·(dr_p / s_p)
+//     D <- e^{c_C} D + (scale e^c q)ᵀ dO + (s e^c r)ᵀ Y
 //
-// and every exponent c_i collects factor times gradient of what it stands in; dg_t is the sum of dc from t on.
+// and every exponent c_t collects factor times gradient of what it stands in; dg_t is the sum of dc from t on.
 #pragma once
 
 #include "forward.h"
@@ -19,25 +20,35 @@ class Backward {
   public:
     void arrange(Workspace& memory, const Problem& problem) {
         rows.arrange(memory, problem);
-        const long wide = rows.value_row, deep = rows.key_row;
+        const long wide = rows.wide, deep = rows.deep;
+        channels = problem.channels();
         for (Kept& each : kept) {
-            each.chunk.arrange(memory, problem.tied);
-            memory.take(each.innovation, CHUNK * wide);
+            each.chunk.arrange(memory, problem);
+            for (int kind : {SOLVED, LONE})
+                if (rows.writers[kind].each) memory.take(each.written[kind], ROWS * wide);
             memory.take(each.entry, padded(problem.key_dim) * wide);
         }
-        for (float** array : {&d_output, &d_innovation, &d_right}) memory.take(*array, CHUNK * wide);
-        for (float** array : {&d_query, &d_key, &seen}) memory.take(*array, CHUNK * deep);
-        for (float** array : {&d_scores, &d_pairs}) memory.take(*array, CHUNK * Chunk::ROW);
-        memory.take(innovation_turned, padded(problem.value_dim) * Chunk::ROW);
+        for (float** array : {&d_output, &d_source, &scaled}) memory.take(*array, ROWS * wide);
+        for (int kind = 0; kind < 2; kind++) {
+            memory.take(d_written[kind], ROWS * wide);
+            memory.take(d_readers[kind], (ROWS + SPARE_ROWS) * deep);
+            memory.take(d_writers[kind], (ROWS + SPARE_ROWS) * deep);
+            memory.take(d_matrix[kind], (ROWS + SPARE_ROWS) * ROW);
+        }
+        for (float** array : {&moved, &moved_queries, &room}) memory.take(*array, (ROWS + SPARE_ROWS) * deep);
+        memory.take(written_turned, padded(problem.value_dim) * ROW);
         memory.take(state_turned, padded(problem.value_dim) * deep);
         for (float** array : {&d_state, &state}) memory.take(*array, padded(problem.key_dim) * wide);
-        for (double** array : {&d_since, &columns}) memory.take(*array, CHUNK + LANES);
-        memory.take(d_beta, CHUNK + LANES);
+        memory.take(d_since, ROWS + 1 + LANES);
+        memory.take(d_places, channels ? (ROWS + 1) * deep : 1);
+        for (float** array : {&d_read_scalars, &d_value_scalars}) memory.take(*array, ROWS + LANES);
+        memory.take(d_coefficients, ROWS * (wide > deep ? wide : deep));
+        memory.take(d_others, ROWS * wide);
     }
 
     void run(const Lane& lane) {
         const Problem& of = lane.of;
-        const long row = rows.value_row, at = lane.state_at(lane.sequence);
+        const long row = rows.wide, at = lane.state_at(lane.sequence);
         copy_state(of, of.final ? of.final + at : nullptr, of.value_dim, d_state, row);
         for (long window = lane.windows() - 1; window >= 0; window--) {
             const long first = window * WINDOW;
@@ -55,179 +66,334 @@ class Backward {
   private:
     struct Kept {
         Chunk chunk;
-        float *innovation, *entry;
+        float *written[2], *entry;
     };
 
     void again(const Lane& lane, Kept& of, long number) {
-        of.chunk.read_coefficients(lane, number);
-        rows.read_tokens(lane, of.chunk);
-        rows.see_each_other(lane, of.chunk);
-        rows.decay(lane, of.chunk);
-        rows.innovate(lane, of.chunk, state, of.innovation);
-        rows.advance(lane, of.chunk, of.innovation, state);
+        of.chunk.token = number * lane.chunk;
+        of.chunk.tokens = lane.tokens(number);
+        rows.read_tokens(lane, of.chunk.token, of.chunk.tokens);
+        of.chunk.see_each_other(lane, rows);
+        answer(lane.of, rows, of.chunk, state, of.written);
+        rows.advance(lane.of, of.chunk.tokens, of.written, state);
     }
 
     // `there`: the chunk's rows are in the workspace still.
     void pull(const Lane& lane, Kept& of, bool there) {
         const Problem& problem = lane.of;
         const Chunk& chunk = of.chunk;
-        const int n = chunk.rows, depth = problem.key_dim, width = problem.value_dim;
-        const long row = rows.value_row, deep = rows.key_row, square = Chunk::ROW;
-        if (!there) {
-            rows.read_tokens(lane, chunk);
-            rows.decay(lane, chunk);
-        }
-        lane.read(problem.output, chunk.token, n, lane.head, width, d_output, row);
-
-        product<UPPER>(n, width, n, transposed(chunk.scores, square), d_output, row, d_innovation, row);
-        product(n, width, depth, rows_of(rows.write, deep), d_state, row, d_innovation, row, true);
-        const float* d_source = d_innovation;  // R
-        if (problem.tied) {
-            chunk.solve(width, d_innovation, d_right, row, true);
-            d_source = d_right;
-        }
-        transpose(n, width, of.innovation, row, innovation_turned, square);
-        product<LOWER_RESULT>(n, n, width, rows_of(d_output, row), innovation_turned, square, d_scores, square);
-        if (problem.tied)
-            product<LOWER_RESULT>(n, n, width, rows_of(d_source, row), innovation_turned, square, d_pairs, square);
-        for (int i = 0; i < n; i++) d_beta[i] = dot(width, d_source + i * row, rows.value + i * row);
-        unweigh(problem, chunk);
-
-        transpose(depth, width, of.entry, row, state_turned, deep);
-        product(n, depth, width, rows_of(d_output, row), state_turned, deep, d_query, deep);
-        for (int i = 0; i < n; i++) {
-            const float factor = problem.scale * chunk.from_start[i];
-            d_since[i] += factor * dot(depth, rows.query + i * deep, d_query + i * deep);
-            scale_row(depth, factor, d_query + i * deep);
-        }
-        product<LOWER>(n, depth, n, rows_of(d_scores, square), rows.key, deep, d_query, deep, true);
-
-        if (problem.tied) {
-            product(n, depth, width, rows_of(d_source, row), state_turned, deep, d_key, deep);
-            for (int i = 0; i < n; i++) {
-                const float seen_by = chunk.from_start[i] * dot(depth, rows.key + i * deep, d_key + i * deep);
-                d_beta[i] -= seen_by;
-                d_since[i] -= chunk.beta[i] * seen_by;
-                scale_row(depth, -chunk.beta[i] * chunk.from_start[i], d_key + i * deep);
-            }
-            product<LOWER>(n, depth, n, rows_of(d_pairs, square), rows.key, deep, d_key, deep, true);
-            product<UPPER>(n, depth, n, transposed(d_pairs, square), rows.key, deep, d_key, deep, true);
-        }
-        product<UPPER>(n, depth, n, transposed(d_scores, square), rows.query, deep, d_key, deep, problem.tied);
-
-        transpose(depth, width, d_state, row, state_turned, deep);
-        product(n, depth, width, rows_of(of.innovation, row), state_turned, deep, seen, deep);
-        double ends = problem.log_decay ? chunk.total * states_dot(problem, of.entry) : 0;
-        for (int i = 0; i < n; i++) {
-            const double moved = chunk.to_end[i] * dot(depth, rows.key + i * deep, seen + i * deep);
-            d_since[i] -= moved;
-            ends += moved;
-        }
-        d_since[n - 1] += ends;
-        scale_rows(n, depth, [&](int i) { return chunk.to_end[i]; }, seen, deep, d_key, deep, true);
-
-        product(depth, width, n, transposed(rows.query_from_start, deep), d_output, row, d_state, row, true,
-                chunk.total);
-        if (problem.tied)
-            product(depth, width, n, transposed(rows.read, deep), d_source, row, d_state, row, true);
-        write(lane, chunk, d_source);
+        if (!there) rows.read_tokens(lane, chunk.token, chunk.tokens);
+        lane.read(problem.output, chunk.token, chunk.tokens, 1, d_output, rows.wide);
+        pull_written(problem, chunk);
+        begin_exponents(chunk.tokens);
+        pull_seeing(problem, chunk, of.entry);
+        pull_lasting(problem, chunk, of);
+        for (int kind : {SOLVED, LONE})
+            if (rows.writers[kind].each) pull_views(problem, chunk, of.written[kind], kind);
+        pull_state(problem, chunk.tokens);
+        write(lane, chunk);
     }
 
-    // G and dP become A and B; the exponents' gradients begin.
-    void unweigh(const Problem& problem, const Chunk& chunk) {
-        const int n = chunk.rows;
-        for (int i = 0; i < n; i++) columns[i] = 0;
-        for (int i = 0; i < n; i++) {
-            Doubles all{};
-            Floats seen_by{};
-            for (int j = 0; j < CHUNK; j += LANES) {
-                const long at = i * Chunk::ROW + j;
-                if (j > i) {
-                    store(d_scores + at, Floats{});
-                    if (problem.tied) store(d_pairs + at, Floats{});
-                    continue;
+    // dX and du; Y, which is dU.
+    void pull_written(const Problem& problem, const Chunk& chunk) {
+        const int width = problem.value_dim, n = chunk.tokens * problem.reads;
+        const long row = rows.wide;
+        for (int kind : {SOLVED, LONE}) {
+            const Writers& writers = rows.writers[kind];
+            if (!writers.each) continue;
+            const int count = chunk.count(writers);
+            product<UPPER>(Tokens{writers.each, 1}, count, width, chunk.tokens,
+                           transposed(chunk.seen[QUERIES][kind], ROW), d_output, row, d_written[kind], row);
+            product(count, width, problem.key_dim, rows_of(writers.lasting, rows.deep), d_state, row, d_written[kind],
+                    row, true);
+        }
+        if (!n) return;
+        chunk.solve(n, width, d_written[SOLVED], d_source, row, true);
+        const int m = chunk.tokens * problem.lone;
+        if (!m) return;
+        scale_rows(n, width, [&](int p) { return rows.read.scalars[p]; }, d_source, row, scaled, row);
+        product<UPPER>(Tokens{(int)problem.lone, (int)problem.reads}, m, width, n,
+                       transposed(chunk.seen[READS][LONE], ROW), scaled, row, d_written[LONE], row, true);
+    }
+
+    void begin_exponents(int tokens) {
+        for (int place = 0; place <= tokens; place++) d_since[place] = 0;
+        if (channels) memset(d_places, 0, (tokens + 1) * rows.deep * sizeof(float));
+    }
+
+    // Rows as they see the chunk's first state.
+    void pull_seeing(const Problem& problem, const Chunk& chunk, const float* entry) {
+        const int depth = problem.key_dim, width = problem.value_dim;
+        const long deep = rows.deep;
+        transpose(depth, width, entry, rows.wide, state_turned, deep);
+        for (int kind : {READS, QUERIES}) {
+            const Readers& by = rows.readers[kind];
+            if (!by.each) continue;
+            float* d_rows = d_readers[kind];
+            product(chunk.count(by), depth, width, rows_of(kind == READS ? d_source : d_output, rows.wide),
+                    state_turned, deep, d_rows, deep);
+            if (channels) rows.decay.see(by.place(0), chunk.tokens, by.each, nullptr, d_rows, d_rows);
+            const float* row = by.rows;
+            for (int t = 0, p = 0; t < chunk.tokens; t++)
+                for (int j = 0; j < by.each; j++, p++, row += deep, d_rows += deep) {
+                    const int place = by.place(t);
+                    const float scalar = by.scalars[p], factor = channels ? 1 : rows.decay.from_start[place];
+                    if (kind == READS || !channels) {
+                        const float seen_by = factor * dot(depth, row, d_rows);
+                        if (kind == READS) d_read_scalars[p] = seen_by;
+                        d_since[place] += scalar * seen_by;
+                    }
+                    scale_rows(1, depth, [&](int) { return scalar * factor; }, d_rows, deep, d_rows, deep);
+                    if (channels) gather(place, row, d_rows, 1);
                 }
-                const Floats weight = load(chunk.weights + at);  // zero beyond the diagonal
-                const Floats within = weight != 0 ? load(d_scores + at) : Floats{};
-                Floats exponents = within * load(chunk.scores + at);
-                store(d_scores + at, problem.scale * weight * within);
-                if (problem.tied) {
-                    const Integers strictly = (counting() + j < i) & (weight != 0);
-                    const Floats pair = strictly ? load(d_pairs + at) : Floats{};
-                    const Floats product_of = pair * load(chunk.pairs + at);
+        }
+    }
+
+    // Rows as the chunk's last state has them, and what it keeps of the first one.
+    void pull_lasting(const Problem& problem, const Chunk& chunk, const Kept& of) {
+        const int depth = problem.key_dim, width = problem.value_dim, tokens = chunk.tokens;
+        const long deep = rows.deep;
+        transpose(depth, width, d_state, rows.wide, state_turned, deep);
+        for (int kind : {SOLVED, LONE}) {
+            const Writers& writers = rows.writers[kind];
+            if (!writers.each) continue;
+            float* d_rows = d_writers[kind];
+            product(chunk.count(writers), depth, width, rows_of(of.written[kind], rows.wide), state_turned, deep, d_rows,
+                    deep);
+            rows.decay.keep(tokens, writers.each, d_rows, d_rows);
+            if (!problem.of.log_decay) continue;
+            const float* row = writers.rows;
+            for (int t = 0; t < tokens; t++)
+                for (int j = 0; j < writers.each; j++, row += deep, d_rows += deep) {
+                    if (channels) {
+                        gather(t + 1, row, d_rows, -1);
+                        gather(tokens, row, d_rows, 1);
+                    } else {
+                        const double lasting = dot(depth, row, d_rows);
+                        d_since[t + 1] -= lasting;
+                        d_since[tokens] += lasting;
+                    }
+                }
+        }
+        if (!problem.of.log_decay) return;
+        for (int k = 0; k < depth; k++) {
+            const float stays = rows.decay.total[k] * dot(width, d_state + k * rows.wide, of.entry + k * rows.wide);
+            if (channels) d_places[tokens * deep + k] += stays;
+            else d_since[tokens] += stays;
+        }
+    }
+
+    // Rows as they see one kind of the chunk's writers.
+    void pull_views(const Problem& problem, const Chunk& chunk, const float* written, int writer) {
+        const Writers& to = rows.writers[writer];
+        const int count = chunk.count(to), depth = problem.key_dim, width = problem.value_dim;
+        const long deep = rows.deep;
+        transpose(count, width, written, rows.wide, written_turned, ROW);
+        for (int reader : {READS, QUERIES}) {
+            const Readers& by = rows.readers[reader];
+            if (!by.each) continue;
+            const Tokens order{by.each, to.each}, back{to.each, by.each};
+            float* matrix = d_matrix[reader];
+            product<LOWER_RESULT>(order, chunk.count(by), count, width,
+                                  rows_of(reader == READS ? d_source : d_output, rows.wide), written_turned, ROW,
+                                  matrix, ROW);
+            if (channels) {
+                unweigh<true>(problem, chunk, reader, writer);
+                continue;
+            }
+            unweigh<false>(problem, chunk, reader, writer);
+            product<LOWER>(order, chunk.count(by), depth, count, rows_of(matrix, ROW), to.rows, deep, d_readers[reader],
+                           deep, true);
+            product<UPPER>(back, count, depth, chunk.count(by), transposed(matrix, ROW), by.rows, deep,
+                           d_writers[writer], deep, true);
+        }
+        if (channels) walk_back(problem, chunk, writer);
+    }
+
+    // The products Y·X become dM, those dO·X dP; the scalars' gradients, and the exponents' of decays a head.
+    template <bool CHANNELS>
+    void unweigh(const Problem& problem, const Chunk& chunk, int reader, int writer) {
+        const Readers& by = rows.readers[reader];
+        const int each = rows.writers[writer].each, wide = padded(chunk.tokens * each);
+        const bool reads = reader == READS;
+        const float *seen = chunk.seen[reader][writer], *weights = chunk.weights[reader][writer];
+        float* d = d_matrix[reader];
+        Doubles columns[ROWS / LANES] = {};
+        for (int t = 0, p = 0; t < chunk.tokens; t++) {
+            for (int j = 0; j < by.each; j++, p++, d += ROW, seen += ROW, weights += CHANNELS ? 0 : ROW) {
+                const int end = Chunk::visible(problem, reader, writer, each, t, j);
+                const float factor = reads ? by.scalars[p] : problem.scale, scalar = reads ? by.scalars[p] : 1;
+                Doubles all{};
+                Floats seen_by{};
+                for (int q = 0; q < wide; q += LANES) {
+                    if (q >= end) {
+                        store(d + q, Floats{});
+                        continue;
+                    }
+                    const Floats weight = CHANNELS ? fill(1) : load(weights + q);
+                    const Floats within = (counting() + q < end) & (weight != 0) ? load(d + q) : Floats{};
+                    const Floats product_of = within * load(seen + q);
                     seen_by += product_of;
-                    exponents -= chunk.beta[i] * product_of;
-                    store(d_pairs + at, -chunk.beta[i] * weight * pair);
+                    store(d + q, factor * weight * within);
+                    if (CHANNELS) continue;
+                    const Doubles exact = __builtin_convertvector(scalar * product_of, Doubles);
+                    all += exact;
+                    columns[q / LANES] += exact;
                 }
-                const Doubles exact = __builtin_convertvector(exponents, Doubles);
-                all += exact;
-                store(columns + j, load(columns + j) + exact);
+                if (reads) d_read_scalars[p] += sum(seen_by);
+                if (!CHANNELS) d_since[by.place(t)] += sum(all);
             }
-            d_since[i] = sum(all);
-            if (problem.tied) d_beta[i] -= sum(seen_by);
         }
-        for (int i = 0; i < n; i++) d_since[i] -= columns[i];
+        if (CHANNELS) return;
+        for (int t = 0, q = 0; t < chunk.tokens; t++)
+            for (int j = 0; j < each; j++, q++) d_since[t + 1] -= columns[q / LANES][q % LANES];
     }
 
-    void write(const Lane& lane, const Chunk& chunk, const float* d_source) {
+    // dr and db from dM and dP with decays a channel: between tokens, which the exponents hear of, and within them.
+    void walk_back(const Problem& problem, const Chunk& chunk, int writer) {
+        const Writers& to = rows.writers[writer];
+        const long deep = rows.deep;
+        const Walk walk = chunk.walk(rows, to.each, d_matrix[READS], d_matrix[QUERIES]);
+        for (int reader : {READS, QUERIES}) {
+            const int count = chunk.count(rows.readers[reader]);
+            if (count) memset(moved_of(reader), 0, count * deep * sizeof(float));
+        }
+        walk.pull_readers(to.rows, room, moved_of(READS), moved_of(QUERIES));
+        for (int reader : {READS, QUERIES}) {
+            const Readers& by = rows.readers[reader];
+            for (int p = 0; p < chunk.count(by); p++) {
+                gather(by.place(p / by.each), by.rows + p * deep, moved_of(reader) + p * deep, 1);
+                add(moved_of(reader) + p * deep, d_readers[reader] + p * deep);
+            }
+        }
+        walk.pull_writers(moved, room);
+        for (int q = 0; q < chunk.count(to); q++) {
+            gather(q / to.each + 1, to.rows + q * deep, moved + q * deep, -1);
+            add(moved + q * deep, d_writers[writer] + q * deep);
+        }
+        for (int reader : {READS, QUERIES}) {
+            const Readers& by = rows.readers[reader];
+            for (int p = 0; p < chunk.count(by); p++) {
+                const int t = p / by.each, end = Chunk::visible(problem, reader, writer, to.each, t, p % by.each);
+                for (int q = t * to.each; q < end; q++) {
+                    const float d = d_matrix[reader][p * ROW + q];
+                    for (int k = 0; k < rows.decay.depth; k += LANES) {
+                        float *d_row = d_readers[reader] + p * deep + k, *d_write = d_writers[writer] + q * deep + k;
+                        store(d_row, load(d_row) + d * load(to.rows + q * deep + k));
+                        store(d_write, load(d_write) + d * load(by.rows + p * deep + k));
+                    }
+                }
+            }
+        }
+    }
+
+    float* moved_of(int reader) const { return reader == READS ? moved : moved_queries; }
+
+    // d_places[place] += sign row ⊙ d_row.
+    void gather(int place, const float* row, const float* d_row, float sign) {
+        float* to = d_places + place * rows.deep;
+        for (int k = 0; k < rows.decay.depth; k += LANES)
+            store(to + k, load(to + k) + sign * (load(row + k) * load(d_row + k)));
+    }
+
+    void add(const float* from, float* to) const {
+        for (int k = 0; k < rows.decay.depth; k += LANES) store(to + k, load(to + k) + load(from + k));
+    }
+
+    void pull_state(const Problem& problem, int tokens) {
+        const int depth = problem.key_dim, width = problem.value_dim, n = tokens * problem.reads;
+        const long row = rows.wide;
+        product(depth, width, tokens, transposed(rows.readers[QUERIES].seeing, rows.deep), d_output, row, d_state,
+                row, true, rows.decay.total);
+        if (n)
+            product(depth, width, n, transposed(rows.readers[READS].seeing, rows.deep), d_source, row, d_state, row,
+                    true);
+    }
+
+    void write(const Lane& lane, const Chunk& chunk) {
         const Problem& of = lane.of;
-        const int n = chunk.rows, depth = of.key_dim;
-        const long heads_of_part = of.group() / of.parts, within = lane.head % of.group();
-        const long part = within / heads_of_part;
-        const bool add = within % heads_of_part;
-        for (int i = 0; i < n; i++) {
-            const long token = lane.first + chunk.token + i;
-            const long at = (((part * of.batch + lane.batch) * of.time + token) * of.heads + lane.key_head()) * depth;
-            put(depth, d_query + i * rows.key_row, of.d_query + at, add);
-            put(depth, d_key + i * rows.key_row, of.d_key + at, add);
+        const long token = chunk.token, deep = rows.deep;
+        const int tokens = chunk.tokens, n = tokens * of.reads;
+        lane.write(d_readers[QUERIES], deep, token, tokens, 1, of.d.query);
+        write_decay(lane, chunk);
+        if (of.lone) {
+            lane.write(d_writers[LONE], deep, token, tokens, of.lone, of.d.lone_write);
+            write_value(lane, chunk, rows.lone_value, d_written[LONE], of.d.lone_value, of.d.lone_coefficient, false);
         }
-        if (of.d_beta)
-            for (int i = 0; i < n; i++) of.d_beta[lane.place(chunk.token + i)] = d_beta[i];
-        if (of.d_log_decay) {
+        if (!n) return;
+        const bool shared = of.shared && rows.value.present();
+        for (int p = 0; p < n; p++) d_read_scalars[p] *= rows.read.sign;
+        rows.read.pull(n, d_readers[READS], d_coefficients);
+        if (of.tied) {
+            for (int p = 0; p < n; p++) add(d_readers[READS] + p * deep, d_writers[SOLVED] + p * deep);
+        } else {
+            lane.write(d_readers[READS], deep, token, tokens, of.reads, of.d.read);
+        }
+        lane.write(d_writers[SOLVED], deep, token, tokens, of.reads, of.d.write);
+        if (rows.value.present())
+            write_value(lane, chunk, rows.value, d_source, of.d.value, of.d.value_coefficient, shared);
+        if (!of.of.read_coefficient) return;
+        if (rows.read.by_channel()) {
+            lane.write(d_coefficients, deep, token, tokens, of.reads, of.d.read_coefficient);
+        } else {
+            lane.write(d_read_scalars, 1, token, tokens, of.reads, of.d.read_coefficient);
+        }
+    }
+
+    // Of a value's factors, given the gradient of all multiplied in; `shared`: its coefficients are the reads'.
+    void write_value(const Lane& lane, const Chunk& chunk, const Factor& value, float* d_rows, const Array& d_vector,
+                     const Array& d_coefficient, bool shared) {
+        const int width = value.width, count = chunk.tokens * value.each;
+        const long row = rows.wide;
+        if (*value.coefficient && !value.by_channel())
+            for (int p = 0; p < count; p++) {
+                d_value_scalars[p] = value.sign * dot(width, d_rows + p * row, value.rows + p * row);
+                if (shared) d_read_scalars[p] += d_value_scalars[p];
+            }
+        scale_rows(count, width, [&](int p) { return value.scalars[p]; }, d_rows, row, scaled, row);
+        value.pull(count, scaled, d_others);
+        lane.write(scaled, row, chunk.token, chunk.tokens, value.each, d_vector);
+        if (!*value.coefficient) return;
+        if (value.by_channel()) {
+            if (shared) {
+                for (int p = 0; p < count; p++)
+                    for (int k = 0; k < width; k++) d_coefficients[p * rows.deep + k] += d_others[p * row + k];
+            } else {
+                lane.write(d_others, row, chunk.token, chunk.tokens, value.each, d_coefficient);
+            }
+        } else if (!shared) {
+            lane.write(d_value_scalars, 1, chunk.token, chunk.tokens, value.each, d_coefficient);
+        }
+    }
+
+    void write_decay(const Lane& lane, const Chunk& chunk) {
+        const Array& to = lane.of.d.log_decay;
+        if (!to) return;
+        if (!channels) {
             double from_here = 0;
-            for (int i = n - 1; i >= 0; i--) {
-                from_here += d_since[i];
-                of.d_log_decay[lane.place(chunk.token + i)] = from_here;
+            for (int t = chunk.tokens - 1; t >= 0; t--) {
+                from_here += d_since[t + 1];
+                const float rounded = from_here;
+                lane.write(&rounded, 1, chunk.token + t, 1, 1, to);
+            }
+            return;
+        }
+        for (int k = 0; k < rows.decay.depth; k += LANES) {
+            Doubles from_here{};
+            for (int t = chunk.tokens; t > 0; t--) {
+                float* place = d_places + t * rows.deep + k;
+                from_here += __builtin_convertvector(load(place), Doubles);
+                store(place, __builtin_convertvector(from_here, Floats));
             }
         }
-        if (of.beta)
-            scale_rows(n, of.value_dim, [&](int i) { return chunk.beta[i]; }, d_source, rows.value_row, d_output,
-                       rows.value_row);
-        lane.write(of.beta ? d_output : d_source, rows.value_row, chunk.token, n, of.value_dim, of.d_value);
+        lane.write(d_places + rows.deep, rows.deep, chunk.token, chunk.tokens, 1, to);
     }
 
-    static void put(int count, const float* from, float* to, bool add) {
-        if (!add) {
-            memcpy(to, from, count * sizeof(float));
-        } else {
-            for (int k = 0; k < count; k++) to[k] += from[k];
-        }
-    }
-
-    static void scale_row(int count, float factor, float* row) {
-        for (int k = 0; k < count; k += LANES) store(row + k, factor * load(row + k));
-    }
-
-    static float dot(int count, const float* a, const float* b) {
-        Floats sums{};
-        int k = 0;
-        for (; k + LANES <= count; k += LANES) sums += load(a + k) * load(b + k);
-        float total = sum(sums);
-        for (; k < count; k++) total += a[k] * b[k];
-        return total;
-    }
-
-    // The sum of entries of the state's gradient times the state's.
-    double states_dot(const Problem& of, const float* entry) const {
-        double total = 0;
-        for (int k = 0; k < of.key_dim; k++)
-            total += dot(of.value_dim, d_state + k * rows.value_row, entry + k * rows.value_row);
-        return total;
-    }
-
+    bool channels;
     Rows rows;
     Kept kept[WINDOW];
-    float *state, *d_state, *d_output, *d_innovation, *d_right, *d_query, *d_key, *seen;
-    float *d_scores, *d_pairs, *innovation_turned, *state_turned, *d_beta;
-    double *d_since, *columns;
+    float *state, *d_state, *d_output, *d_source, *scaled, *d_written[2], *d_readers[2], *d_writers[2], *d_matrix[2];
+    float *moved, *moved_queries, *room, *written_turned, *state_turned, *d_places, *d_read_scalars, *d_value_scalars;
+    float *d_coefficients, *d_others;
+    double* d_since;
 };

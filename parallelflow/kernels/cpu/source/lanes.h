@@ -130,3 +130,6 @@ static inline void transpose(int rows, int columns, const float* from, long from
         for (int column = 0; column < columns; column += LANES)
             transpose_square(from + row * from_row + column, from_row, to + column * to_row + row, to_row);
 }
+
+// Numbers too small to be normal are 0, as `exponential` has it: they are slow, and lose their digits.
+static inline Floats normal(Floats positive) { return positive < 1.17549435e-38f ? Floats{} : positive; }

@@ -9,7 +9,8 @@ static inline int bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
 static inline void read_row(const char* from, Type type, int count, float* to) {
     if (type == FLOAT32) {
-        memcpy(to, from, count * sizeof(float));
+        if (count == 1) memcpy(to, from, sizeof(float));  // no call
+        else memcpy(to, from, count * sizeof(float));
     } else if (type == BFLOAT16) {
         for (int n = 0; n < count; n++) {
             uint16_t upper;
@@ -46,12 +47,16 @@ static inline void write_row(const float* from, Type type, int count, char* to) 
     }
 }
 
-// [B, T, heads, D] at any strides but the last, which is 1.
-struct Tokens {
+// [B, T, R, heads, D] at any strides but the last, which is 1; a number a head is D = 1. Null where there is none.
+// Gradients of what value heads share are summed in float32 and come in several parts, which are added afterwards.
+struct Array {
     char* at;
-    long batch, time, head;  // strides in elements
-    int type;
+    long batch, time, row, head, part;  // strides in elements
+    long type, heads, width;
 
+    explicit operator bool() const { return at; }
     Type dtype() const { return (Type)type; }
-    char* row(long b, long t, long h) const { return at + (b * batch + t * time + h * head) * bytes_of(dtype()); }
+    char* place(long b, long t, long j, long h) const {
+        return at + (b * batch + t * time + j * row + h * head) * bytes_of(dtype());
+    }
 };

@@ -1,0 +1,228 @@
+"""The flow of every kind of rows and decay on a CPU: forward, backward and one token.
+
+    S <- e^{g_t} S, then for the rows of token t:  S <- S + b (aᵀ S + uᵀ)        o_t = scale S_tᵀ q_t
+
+with a and u = sign · coefficient · vector as ``Inputs`` has them, rows at once or one after another, reading the state
+after its decay or before. One thread walks a value head of a sequence in chunks of at most 32 rows of a kind, all of a
+chunk's matrices in its cache. The backward pass starts again from the states that entered each window of 8 chunks.
+The equations stand in ``source/forward.h`` and ``source/backward.h``. Source: Muca Cirone and Salvi 2025 (arXiv
+2504.00492), section 3.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from functools import cache, reduce
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallelflow.checks import Memory
+from parallelflow.kernels.cpu.build import library
+from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
+
+LARGEST_HEAD, MOST_ROWS = 512, 16
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SLOTS = len(Inputs._fields) - 1  # all but the initial state
+Field = tuple[int, ...]
+ABSENT: Field = (0,) * 9
+PROBLEM = struct.Struct(f"@{9 * (2 * SLOTS + 1) + 25}qd")  # struct Problem of source/problem.h, field by field
+
+
+class _Layout(NamedTuple):
+    """What follows from shapes, strides and dtypes alone: the axis of each slot's heads, ``struct Array`` of each slot
+    without its address, and which slots are to be made dense first."""
+
+    sizes: Sizes
+    head_axes: tuple[int, ...]
+    arrays: tuple[int, ...]
+    strewn: tuple[int, ...]
+
+
+_KNOWN: Memory[_Layout] = Memory()
+
+
+def _layout(inputs: Inputs) -> _Layout:
+    key = tuple([None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs])
+    found = _KNOWN.recall(key)
+    if found is not None:
+        return found
+    single = inputs.single
+    axes = tuple(3 if 0 < slot < 9 and slot not in single else 2 for slot in range(SLOTS))
+    arrays: list[int] = []
+    strewn = []
+    for slot, axis in enumerate(axes):
+        tensor = inputs[slot]
+        if tensor is None:
+            arrays += ABSENT
+            continue
+        if tensor.ndim > axis + 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strewn.append(slot)
+            tensor = tensor.contiguous()
+        arrays += _array(tensor, axis)
+    found = _Layout(sizes_of(inputs), axes, tuple(arrays), tuple(strewn))
+    _KNOWN.keep(key, found)
+    return found
+
+
+def _array(tensor: Tensor, axis: int, part: int = 0) -> Field:
+    """``struct Array`` of source/numbers.h without its address: ``[B, T, (R,) heads(, D)]`` with the heads on an axis,
+    channels dense. ``part``: numbers in a part, whose axis comes before all others."""
+    shape, stride = (tensor.shape[1:], tensor.stride()[1:]) if part else (tensor.shape, tensor.stride())
+    width = shape[axis + 1] if len(shape) > axis + 1 else 1
+    rows = stride[2] if axis == 3 else 0
+    return 0, stride[0], stride[1], rows, stride[axis], part, TYPES[tensor.dtype], shape[axis], width
+
+
+class _Call:
+    """A problem as the library takes it, and what it points to."""
+
+    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None) -> None:
+        self.inputs, self.traits, self.starts = inputs, traits, sequence_starts
+        self.sizes, self.head_axes, arrays, strewn = _layout(inputs)
+        self.batch, self.time = inputs.query.shape[:2]
+        self.sequences = self.batch if sequence_starts is None else len(sequence_starts) - 1
+        self.threads = torch.get_num_threads()
+        self.kept: list[object] = []
+        self.given = list(arrays)
+        for slot in range(SLOTS):
+            tensor = inputs[slot]
+            if tensor is not None:
+                if slot in strewn:
+                    tensor = tensor.contiguous()
+                    self.kept.append(tensor)
+                self.given[9 * slot] = tensor.data_ptr()
+
+    def array(self, tensor: Tensor, axis: int, part: int = 0) -> Field:
+        """``struct Array`` of an output, or of its gradient."""
+        if tensor.ndim > axis + 1 and tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr(), *_array(tensor, axis, part)[1:]
+
+    def numbers(self, tensor: Tensor | None) -> int:
+        """float32, contiguous."""
+        if tensor is None:
+            return 0
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            tensor = tensor.float().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def integers(self, numbers: list[int] | None) -> int:
+        """64 bits each."""
+        if numbers is None:
+            return 0
+        found = array("q", numbers)
+        self.kept.append(found)
+        return found.buffer_info()[0]
+
+    @property
+    def windows(self) -> list[int]:
+        """Each sequence's first window, and their number."""
+        size = _window(len(self.traits.positions), len(self.traits.lone_positions))
+        lengths = [self.time] * self.sequences
+        if self.starts is not None:
+            lengths = [last - first for first, last in pairwise(self.starts)]
+        return [0, *accumulate(-(-length // size) for length in lengths)]
+
+    def states(self, count: int) -> Tensor:
+        """``[count, HV, K, V]`` in float32."""
+        _, value_heads, key_dim, value_dim, _ = self.sizes
+        return self.inputs.query.new_empty(count, value_heads, key_dim, value_dim, dtype=torch.float32)
+
+    def run(self, name: str, output: Tensor, *, final: Tensor | None = None, entries: Tensor | None = None,
+            gradients: list[int] | None = None, d_initial: Tensor | None = None, parts: int = 1) -> None:  # fmt: skip
+        """Raises MemoryError where a thread's workspace cannot be had."""
+        inputs, traits, (heads, value_heads, key_dim, value_dim, _) = self.inputs, self.traits, self.sizes
+        before = None
+        if traits.sequential and traits.lone_positions:
+            before = [sum(lone < place for lone in traits.lone_positions) for place in traits.positions]
+        problem = PROBLEM.pack(
+            *self.given, *self.array(output, 2), *(gradients or ABSENT * SLOTS),
+            self.numbers(inputs.initial_state), self.numbers(final), self.numbers(d_initial), self.numbers(entries),
+            self.integers(self.starts), self.integers(None if entries is None else self.windows), self.integers(before),
+            self.batch, self.time, self.sequences, heads, value_heads, key_dim, value_dim,
+            len(traits.positions), len(traits.lone_positions), traits.read_sign, traits.value_sign, traits.lone_sign,
+            traits.raw, traits.sequential, inputs.write is inputs.read, self.shared, parts, self.threads,
+            key_dim**-0.5 if traits.scale is None else traits.scale,
+        )  # fmt: skip
+        if getattr(library(), name)(problem):
+            raise MemoryError("parallelflow: no memory for the workspace of the CPU kernels")
+
+    @property
+    def shared(self) -> bool:
+        """Whether the values' coefficients are the reads'."""
+        return self.inputs.value_coefficient is self.inputs.read_coefficient is not None
+
+
+def forward(
+    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output [B, T, HV, V], final states [N, HV, K, V] in float32 and, if ``keep``, the states that enter the windows.
+
+    Inputs in float32, bfloat16 or float16, K and V at most 512, at most 16 rows a token; sequence_starts: the packed
+    sequences' first tokens, and T. Products and sums are in float32.
+    """
+    call = _Call(inputs, traits, sequence_starts)
+    output = inputs.query.new_empty(call.batch, call.time, call.sizes.value_heads, call.sizes.value_dim)
+    final = call.states(call.sequences)
+    entries = call.states(call.windows[-1]) if keep else None
+    call.run("parallelflow_forward", output, final=final, entries=entries)
+    return output, final, [] if entries is None else [entries]
+
+
+def backward(
+    inputs: Inputs,
+    traits: Traits,
+    sequence_starts: list[int] | None,
+    saved: list[Tensor],
+    d_output: Tensor,
+    d_final: Tensor | None,
+) -> Inputs:
+    """Gradients of all inputs, in their shapes and dtypes; of a tensor in two slots, all of it in the first of write
+    and read_coefficient. ``saved`` is the forward's; empty, the forward is run again."""
+    if not saved:
+        saved = forward(inputs, traits, sequence_starts, True)[2]
+    call = _Call(inputs, traits, sequence_starts)
+    heads, value_heads = call.sizes[:2]
+    # A thread takes all value heads of a key head, and sums them, where there are threads enough for that.
+    parts = 1 if call.sequences * heads >= 2 * call.threads else value_heads // heads
+    found: list[Tensor | None] = []
+    fields: list[int] = []
+    for slot, (tensor, axis) in enumerate(zip(inputs[:SLOTS], call.head_axes, strict=True)):
+        tied = (slot == 1 and tensor is inputs.write) or (slot == 5 and call.shared)
+        if tensor is None or tied:
+            found.append(None)
+            fields += ABSENT
+        elif tensor.shape[axis] == value_heads:
+            found.append(tensor.new_empty(tensor.shape))
+            fields += call.array(found[-1], axis)
+        else:
+            found.append(tensor.new_empty(parts, *tensor.shape, dtype=torch.float32))
+            fields += call.array(found[-1], axis, tensor.numel())
+    d_initial = None if inputs.initial_state is None else call.states(call.sequences)
+    call.run("parallelflow_backward", d_output, final=d_final, entries=saved[0], gradients=fields, d_initial=d_initial,
+             parts=parts)  # fmt: skip
+    for slot, (tensor, gradient) in enumerate(zip(inputs, found, strict=False)):
+        if tensor is not None and gradient is not None and gradient.ndim > tensor.ndim:
+            found[slot] = reduce(torch.add, gradient).to(tensor.dtype)
+    return Inputs(*found, d_initial)  # type: ignore[arg-type]
+
+
+def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
+    """Output [B, 1, HV, V] and state [B, HV, K, V] after one token (T = 1)."""
+    call = _Call(inputs, traits, None)
+    output = inputs.query.new_empty(call.batch, 1, call.sizes.value_heads, call.sizes.value_dim)
+    final = call.states(call.batch)
+    call.run("parallelflow_step", output, final=final)
+    return output, final
+
+
+@cache
+def _window(reads: int, lone: int) -> int:
+    """Tokens between the states that the forward pass keeps."""
+    return library().parallelflow_window(reads, lone)

@@ -1,0 +1,137 @@
+"""Rows of every kind, forward and backward: prepare, scan; then scan again, scan in reverse, pairs, pull."""
+
+from torch import Tensor
+
+from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
+from parallelflow.kernels.rows.layout import Factor, Layout
+from parallelflow.kernels.rows.pairs import pairs
+from parallelflow.kernels.rows.prepare import Prepared, prepare
+from parallelflow.kernels.rows.pull import pull
+from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
+from parallelflow.problem import Inputs, Traits
+
+
+class Rows:
+    """A problem as the kernels take it: contiguous tensors, and how they lie."""
+
+    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None) -> None:
+        kept: dict[int, Tensor] = {}
+
+        def whole(tensor: Tensor | None) -> Tensor | None:  # the same tensor twice stays the same
+            return None if tensor is None else kept.setdefault(id(tensor), tensor.contiguous())
+
+        inputs = Inputs(*map(whole, inputs.stacked()))  # type: ignore[arg-type]
+        self.inputs, self.traits = inputs, traits
+        self.layout = layout = Layout.of(inputs, traits)
+        batch, time = inputs.query.shape[:2]
+        self.chunks: Chunks = (
+            regular_chunks(batch, time, layout.C)
+            if sequence_starts is None
+            else known_chunks(tuple(sequence_starts), layout.C, inputs.query.device)
+        )
+        self.scale = layout.K**-0.5 if traits.scale is None else traits.scale
+        self.read = None if inputs.read is None else Factor(inputs.read, inputs.read_coefficient, traits.read_sign)
+        self.source = self.dense(inputs.value, inputs.value_coefficient, traits.value_sign)
+        self.given = self.dense(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
+        self.initial = None if inputs.initial_state is None else inputs.initial_state.float()
+
+    def dense(self, vector: Tensor | None, coefficient: Tensor | None, sign: int) -> Tensor | None:
+        """A factor's products, in the vectors' dtype."""
+        if vector is None or (coefficient is None and sign == 1):
+            return vector
+        if coefficient is None:
+            return -vector
+        product = self.spread(vector) * self.spread(coefficient if coefficient.ndim == 5 else coefficient.unsqueeze(-1))
+        return (product if sign == 1 else -product).to(vector.dtype).contiguous()
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """``[B, T, R, heads, D]`` once a value head, in float32."""
+        times = self.layout.value_heads // tensor.shape[3]
+        return tensor.float().repeat_interleave(times, 3) if times > 1 else tensor.float()
+
+    def prepare(self) -> Prepared:
+        of = self.inputs
+        return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
+
+
+def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool,
+            ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 and, if ``keep``, what ``prepare`` made."""
+    rows = Rows(inputs, traits, sequence_starts)
+    prepared = rows.prepare()
+    output, final = forward_scan(prepared, rows.source, rows.given, rows.layout, rows.chunks,
+                                 initial_state=rows.initial, final_state=True)  # fmt: skip
+    assert final is not None
+    return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
+
+
+def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, saved: list[Tensor],
+             d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
+    """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
+    rows = Rows(inputs, traits, sequence_starts)
+    of, layout, chunks = rows.inputs, rows.layout, rows.chunks
+    prepared = rows.prepare() if not saved else _restored(saved, layout)
+    d_output = d_output.contiguous()
+    entries, solution = recompute_scan(prepared, rows.source, rows.given, layout, chunks, initial_state=rows.initial)
+    exits, d_source, d_given, d_initial = reverse_scan(
+        prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
+        initial_gradient=rows.initial is not None)  # fmt: skip
+    total = prepared.total
+    del prepared, saved  # their memory is free for the gradients
+    met = pairs(solution, rows.given, d_source, d_output, of.log_decay, layout, chunks)
+    pulled = pull(of.query, rows.read, of.write, of.lone_write, of.log_decay, solution, rows.given, d_source, d_output,
+                  entries, exits, total, met, layout, chunks, rows.scale)  # fmt: skip
+
+    def gathered(gradient: Tensor, like: Tensor) -> Tensor:
+        """Summed over the value heads that share a head."""
+        heads = like.shape[3]
+        return gradient if gradient.shape[3] == heads else gradient.unflatten(3, (heads, -1)).sum(4)
+
+    def pulled_rows(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None or like is None else gathered(gradient, like)
+
+    def pulled_factor(gradient: Tensor | None, vector: Tensor | None, coefficient: Tensor | None, sign: int,
+                      ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of vector and coefficient, in float32, from that of their product."""
+        if gradient is None or vector is None:
+            return None, None
+        gradient = gradient.float() if sign == 1 else -gradient.float()
+        if coefficient is None:
+            return gathered(gradient, vector), None
+        wide = coefficient if coefficient.ndim == 5 else coefficient.unsqueeze(-1)
+        d_coefficient = gradient * rows.spread(vector)
+        if coefficient.ndim == 4:
+            d_coefficient = d_coefficient.sum(-1, keepdim=True)
+        d_coefficient = gathered(d_coefficient, wide).reshape(coefficient.shape)
+        return gathered(gradient * rows.spread(wide), vector), d_coefficient
+
+    d_read, d_read_coefficient = pulled_factor(pulled.read, of.read, of.read_coefficient, traits.read_sign)
+    d_value, d_value_coefficient = pulled_factor(d_source, of.value, of.value_coefficient, traits.value_sign)
+    d_lone, d_lone_coefficient = pulled_factor(d_given, of.lone_value, of.lone_coefficient, traits.lone_sign)
+    gradients = Inputs(
+        query=gathered(pulled.query, of.query.unsqueeze(2)).squeeze(2),
+        read=d_read, read_coefficient=d_read_coefficient, write=pulled_rows(pulled.write, of.write),
+        value=d_value, value_coefficient=d_value_coefficient, lone_write=pulled_rows(pulled.lone, of.lone_write),
+        lone_value=d_lone, lone_coefficient=d_lone_coefficient, log_decay=pulled.log_decay, initial_state=d_initial,
+    )  # fmt: skip
+    # A tensor in two slots: added before anything is rounded.
+    for one, other in (("read", "write"), ("read_coefficient", "value_coefficient")):
+        if getattr(inputs, one) is not None and getattr(inputs, one) is getattr(inputs, other):
+            both = getattr(gradients, one) + getattr(gradients, other)
+            gradients = gradients._replace(**{one: None, other: both})
+    gradients = gradients.unstacked(inputs)
+    return Inputs(*(
+        None if gradient is None or given is None else gradient.to(given.dtype).view(given.shape)
+        for gradient, given in zip(gradients, inputs, strict=True)
+    ))  # type: ignore[arg-type]  # fmt: skip
+
+
+def _restored(saved: list[Tensor], layout: Layout) -> Prepared:
+    """What ``forward`` kept."""
+    there = {
+        "queries": True, "reads": layout.R > 0, "writes": layout.R > 0, "lone": layout.L > 0, "inverse": layout.R > 0,
+        "scores": layout.R > 0, "lone_gram": layout.R > 0 and layout.L > 0, "lone_scores": layout.L > 0,
+        "total": layout.decay > 0,
+    }  # fmt: skip
+    tensors = iter(saved)
+    return Prepared(**{name: next(tensors) if is_there else None for name, is_there in there.items()})  # type: ignore
