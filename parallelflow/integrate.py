@@ -91,9 +91,10 @@ def integrate(
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
         backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
             ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
-            and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. Kernels serve one
-            row a token, tied or only writing, with no or scalar decay, with ``chunk_size``, ``solver`` and
-            ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise.
+            and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. In 16 and 32
+            bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left as they are (kernels choose
+            their own chunks), ``cpu`` serves any rows up to 16 a token, the GPU's kernels one row a token, tied or only
+            writing, with no or scalar decay; forced on anything else they raise.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
             the host; None checks eagerly on the CPU only.

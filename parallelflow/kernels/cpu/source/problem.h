@@ -35,7 +35,7 @@ struct Problem {
     int chunk() const;
 };
 
-constexpr int ROWS = 32;   // most rows of one kind in a chunk
+constexpr int ROWS = 16;   // most rows of one kind in a chunk
 constexpr int WINDOW = 8;  // chunks between the states that the backward pass starts again from
 
 // Tokens a chunk.
