@@ -27,7 +27,7 @@ class Tensors:
 
 
 def every_kind(tensors, decay):
-    """Bounded states: a row that only writes, one that only transforms, a stack of two, one with channels' coefficients,
+    """Bounded states: a row that only writes, one that only transforms, two stacked, one with channels' coefficients,
     and two more that only write, with key heads' vectors and coefficients here and value heads' there."""
     draw, h, hv = tensors.draw, tensors.heads, tensors.value_heads
     half = lambda x: x / 2  # noqa: E731

@@ -3,9 +3,9 @@
     S <- e^{g_t} S, then for the rows of token t:  S <- S + b (aᵀ S + uᵀ)        o_t = scale S_tᵀ q_t
 
 with a and u = sign · coefficient · vector as ``Inputs`` has them, rows at once or one after another, reading the state
-after its decay or before. One thread walks a value head of a sequence in chunks of at most 16 rows of a kind, all of a
-chunk's matrices in its cache. The backward pass starts again from the states that entered each window of 8 chunks.
-The equations stand in ``source/forward.h`` and ``source/backward.h``. Source: Muca Cirone and Salvi 2025 (arXiv
+after its decay or before. One thread walks a value head of a sequence in chunks of at most 32 rows, 16 where rows read,
+all of a chunk's matrices in its cache. The backward pass starts again from the states that entered each window of 8
+chunks. The equations stand in ``source/forward.h`` and ``source/backward.h``. Source: Muca Cirone and Salvi 2025 (arXiv
 2504.00492), section 3.
 """
 
