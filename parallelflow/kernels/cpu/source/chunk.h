@@ -9,7 +9,7 @@
 
 // Of max(|T|_inf, |T|_1), beyond which a chunk is solved in float64: the rounding of M reaches X magnified by about
 // |T|, which the recurrence's own rounding is not.
-constexpr float GROWTH = 12;
+constexpr float GROWTH = 6;
 
 struct Chunk {
     long token;
