@@ -6,8 +6,8 @@
 Parts: ``pairs`` (training shapes beside ``torch_chunk_gated_delta_rule``, float32 and bfloat16, taking turns, medians
 of ratios), ``memory`` (of forward and backward, each side in a process of its own), ``drivers`` (every model, R = 1, 2
 and 4), ``length`` (1k to 64k tokens and the slope of log time in log tokens), ``decode`` (one token beside
-``torch_recurrent_gated_delta_rule``).  Two threads.  A GFLOP/s counts the products of the chunked algorithm at 32
-tokens a chunk and nothing else, triangles as squares; its ceiling is the rate of batched products [64, K] [K, V].
+``torch_recurrent_gated_delta_rule``).  Two threads.  A GFLOP/s counts the products of the chunked algorithm at 16
+rows a chunk and nothing else, triangles as squares; its ceiling is the rate of batched products [64, K] [K, V].
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks import report
 
 RESULT = report.RESULTS / "cpu.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHUNK = 32  # tokens, of the compiled kernels
+ROWS = 16  # of one kind in a chunk of the compiled kernels
 
 
 class Shape(NamedTuple):
@@ -50,11 +50,12 @@ class Shape(NamedTuple):
 
     def forward_flops(self, rank: int = 1, reads: bool = True) -> float:
         """Of the chunked algorithm's products: Gram matrices, T Z, and the four with states and scores."""
-        chunks = self.batch * math.ceil(self.time / CHUNK)
-        rows, k, v = CHUNK * rank, self.key_dim, self.value_dim
-        gram = (CHUNK + (rows if reads else 0)) * rows * k * self.key_heads / self.value_heads
+        tokens = ROWS // rank
+        chunks = self.batch * math.ceil(self.time / tokens)
+        rows, k, v = tokens * rank, self.key_dim, self.value_dim
+        gram = (tokens + (rows if reads else 0)) * rows * k * self.key_heads / self.value_heads
         solve = rows * rows * v + rows * k * v if reads else 0
-        return 2.0 * chunks * self.value_heads * (gram + solve + CHUNK * rows * v + CHUNK * k * v + rows * k * v)
+        return 2.0 * chunks * self.value_heads * (gram + solve + tokens * rows * v + tokens * k * v + rows * k * v)
 
 
 LARGE = Shape(1, 4096, 16, 32, 128, 128)

@@ -1,4 +1,4 @@
-"""Rows that no model has, compiled: every kind together in a token, coefficients of every shape, ties, dtypes, strides."""
+"""Rows that no model has, compiled: every kind in one token, coefficients of every shape, ties, dtypes, strides."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ class Tensors:
 
 
 def every_kind(tensors, decay):
-    """Bounded states: a row that only writes, one that only transforms, a stack of two, one with coefficients a channel, and two more
-    that only write, with key heads' vectors and coefficients here and value heads' there."""
+    """Bounded states: a row that only writes, one that only transforms, two stacked, one with channels' coefficients,
+    and two more that only write, with key heads' vectors and coefficients here and value heads' there."""
     draw, h, hv = tensors.draw, tensors.heads, tensors.value_heads
     half = lambda x: x / 2  # noqa: E731
     key, stack, per_row = draw(h, K, like=half), draw(2, h, K, like=half), draw(2, hv, like=torch.sigmoid)
@@ -48,10 +48,8 @@ def every_kind(tensors, decay):
 def untied(tensors, decay):
     """Key heads' read, value heads' write, and coefficients of either."""
     draw, h, hv = tensors.draw, tensors.heads, tensors.value_heads
-    read, value = (
-        pf.Factor(draw(h, K, like=lambda x: x / 4), draw(h, like=torch.sigmoid), -1),
-        pf.Factor(draw(h, V), draw(hv)),
-    )
+    read = pf.Factor(draw(h, K, like=lambda x: x / 4), draw(h, like=torch.sigmoid), -1)
+    value = pf.Factor(draw(h, V), draw(hv))
     return (pf.Row(write=draw(hv, K).detach() * 0.3, read=read, value=value),)
 
 
@@ -146,7 +144,7 @@ def test_narrow_gradients_are_rounded_once(dtype):
     for leaf in tensors.leaves.values():
         leaf.data = leaf.data.to(dtype).double()
     how = ("simultaneous", "raw", gate, "cpu")
-    wide, narrow = run(rows, tensors, *how, torch.float32), None
+    wide = run(rows, tensors, *how, torch.float32)
     narrow = run_narrow(rows, tensors, how, dtype)
     for name, reference in wide.items():
         assert relative_error(narrow[name], reference) <= torch.finfo(dtype).eps, name

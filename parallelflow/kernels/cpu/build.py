@@ -39,7 +39,7 @@ COMPILER = _compiler()  # once: looking for it in a call would break a compiled 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library, compiled if this machine has not done so yet (some 3 s).
+    """The library, compiled if this machine has not done so yet (some 8 s).
 
     Raises:
         Unavailable: no compiler, or it failed; with what it said.

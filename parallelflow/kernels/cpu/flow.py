@@ -3,9 +3,9 @@
     S <- e^{g_t} S, then for the rows of token t:  S <- S + b (aᵀ S + uᵀ)        o_t = scale S_tᵀ q_t
 
 with a and u = sign · coefficient · vector as ``Inputs`` has them, rows at once or one after another, reading the state
-after its decay or before. One thread walks a value head of a sequence in chunks of at most 32 rows of a kind, all of a
-chunk's matrices in its cache. The backward pass starts again from the states that entered each window of 8 chunks.
-The equations stand in ``source/forward.h`` and ``source/backward.h``. Source: Muca Cirone and Salvi 2025 (arXiv
+after its decay or before. One thread walks a value head of a sequence in chunks of at most 32 rows, 16 where rows read,
+all of a chunk's matrices in its cache. The backward pass starts again from the states that entered each window of 8
+chunks. The equations stand in ``source/forward.h`` and ``source/backward.h``. Source: Muca Cirone and Salvi 2025 (arXiv
 2504.00492), section 3.
 """
 
@@ -25,7 +25,8 @@ from parallelflow.kernels.cpu.build import library
 from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
 
 LARGEST_HEAD, MOST_ROWS = 512, 16
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDE = torch.float32
+TYPES = {WIDE: 0, torch.bfloat16: 1, torch.float16: 2}
 SLOTS = len(Inputs._fields) - 1  # all but the initial state
 Field = tuple[int, ...]
 ABSENT: Field = (0,) * 9
@@ -107,7 +108,7 @@ class _Call:
         """float32, contiguous."""
         if tensor is None:
             return 0
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        if tensor.dtype != WIDE or not tensor.is_contiguous():
             tensor = tensor.float().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
@@ -132,7 +133,7 @@ class _Call:
     def states(self, count: int) -> Tensor:
         """``[count, HV, K, V]`` in float32."""
         _, value_heads, key_dim, value_dim, _ = self.sizes
-        return self.inputs.query.new_empty(count, value_heads, key_dim, value_dim, dtype=torch.float32)
+        return self.inputs.query.new_empty(count, value_heads, key_dim, value_dim, dtype=WIDE)
 
     def run(self, name: str, output: Tensor, *, final: Tensor | None = None, entries: Tensor | None = None,
             gradients: list[int] | None = None, d_initial: Tensor | None = None, parts: int = 1) -> None:  # fmt: skip
@@ -198,19 +199,18 @@ def backward(
         if tensor is None or tied:
             found.append(None)
             fields += ABSENT
-        elif tensor.shape[axis] == value_heads:
-            found.append(tensor.new_empty(tensor.shape))
-            fields += call.array(found[-1], axis)
         else:
-            found.append(tensor.new_empty(parts, *tensor.shape, dtype=torch.float32))
-            fields += call.array(found[-1], axis, tensor.numel())
+            own = tensor.shape[axis] == value_heads
+            gradient = tensor.new_empty(tensor.shape) if own else tensor.new_empty(parts, *tensor.shape, dtype=WIDE)
+            found.append(gradient)
+            fields += call.array(gradient, axis, 0 if own else tensor.numel())
     d_initial = None if inputs.initial_state is None else call.states(call.sequences)
     call.run("parallelflow_backward", d_output, final=d_final, entries=saved[0], gradients=fields, d_initial=d_initial,
              parts=parts)  # fmt: skip
-    for slot, (tensor, gradient) in enumerate(zip(inputs, found, strict=False)):
-        if tensor is not None and gradient is not None and gradient.ndim > tensor.ndim:
-            found[slot] = reduce(torch.add, gradient).to(tensor.dtype)
-    return Inputs(*found, d_initial)  # type: ignore[arg-type]
+    for slot, (tensor, sums) in enumerate(zip(inputs, found, strict=False)):
+        if tensor is not None and sums is not None and sums.ndim > tensor.ndim:
+            found[slot] = reduce(torch.add, sums).to(tensor.dtype)
+    return Inputs(*found, d_initial)  # type: ignore[arg-type,call-arg]
 
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:

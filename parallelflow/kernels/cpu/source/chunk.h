@@ -8,8 +8,8 @@
 #include "rows.h"
 
 // Of max(|T|_inf, |T|_1), beyond which a chunk is solved in float64: the rounding of M reaches X magnified by about
-// |T|, which the recurrence's own rounding is not. To 30, errors stay those of the recurrence.
-constexpr float GROWTH = 24;
+// |T|, which the recurrence's own rounding is not.
+constexpr float GROWTH = 6;
 
 struct Chunk {
     long token;
@@ -31,8 +31,8 @@ struct Chunk {
                 else if (!of.channels()) memory.take(weight, ROWS * ROW);
             }
         if (!of.reads) return;
-        memory.take(inverse, ROWS * ROW);
-        memory.take(wide_inverse, ROWS * ROWS);
+        memory.take(inverse, SOLVED_ROWS * ROW);
+        memory.take(wide_inverse, SOLVED_ROWS * SOLVED_ROWS);
     }
 
     // Single rows that read after their token's decay see other single rows with the query's factors.
@@ -131,7 +131,7 @@ struct Chunk {
 
     // T row by row, T_p = e_p + s_p sum_{q < p} M_pq T_q; and again in float64 where it is large.
     void invert(const Problem& of, const Rows& rows) {
-        constexpr int VECTORS = ROWS / LANES;
+        constexpr int VECTORS = SOLVED_ROWS / LANES;
         const float *scalars = rows.read.scalars, *pairs = seen[READS][SOLVED];
         const int count = tokens * of.reads;
         Floats columns[VECTORS] = {}, largest_row{};
@@ -164,12 +164,12 @@ struct Chunk {
         const Readers& by = rows.readers[READS];
         for (int p = 0; p < count(by); p++) {
             const int token = p / by.each;
-            double* row = wide_inverse + p * ROWS;
-            for (int j = 0; j < ROWS; j++) row[j] = p == j;
+            double* row = wide_inverse + p * SOLVED_ROWS;
+            for (int j = 0; j < SOLVED_ROWS; j++) row[j] = p == j;
             const int end = visible(of, READS, SOLVED, by.each, token, p % by.each);
             for (int q = 0; q < end; q++) {
                 const double entry = rows.read.scalars[p] * exact_pair(of, rows, p, q, by.place(token), q / by.each + 1);
-                for (int n = 0; n <= q; n++) row[n] += entry * wide_inverse[q * ROWS + n];
+                for (int n = 0; n <= q; n++) row[n] += entry * wide_inverse[q * SOLVED_ROWS + n];
             }
         }
     }
@@ -193,7 +193,7 @@ struct Chunk {
             for (int i = 0; i < rows; i++) {
                 Doubles sums{};
                 for (int k = turned ? i : 0; k < (turned ? rows : i + 1); k++) {
-                    const double entry = turned ? wide_inverse[k * ROWS + i] : wide_inverse[i * ROWS + k];
+                    const double entry = turned ? wide_inverse[k * SOLVED_ROWS + i] : wide_inverse[i * SOLVED_ROWS + k];
                     sums += entry * __builtin_convertvector(load(right + k * row + j), Doubles);
                 }
                 store(solution + i * row + j, __builtin_convertvector(sums, Floats));

@@ -73,7 +73,7 @@ struct Decay {
             if (kind == HEAD) so_far += steps[t] < -1000 ? -1000 : (double)steps[t];  // -inf is a reset; e^-1000 is 0 too
             since[t + 1] = so_far;
         }
-        for (int place = tokens + 1; place < ROWS + 1 + LANES; place++) since[place] = so_far;
+        for (int place = tokens + 1; place < tokens + 1 + LANES; place++) since[place] = so_far;
         for (int place = 0; place <= tokens; place += LANES)
             store(from_start + place, exponential(__builtin_convertvector(load(since + place), Floats)));
         for (int t = 0; t < tokens; t += LANES)
@@ -94,7 +94,7 @@ struct Decay {
                 store(from_start + (t + 1) * row + k, factor = normal(factor * step));
             }
             store(total + k, factor);
-            for (int t = tokens; t < ROWS + SPARE; t++) store(steps + t * row + k, fill(1));
+            for (int t = tokens; t < tokens + SPARE; t++) store(steps + t * row + k, fill(1));
             factor = fill(1);
             for (int t = tokens - 1; t >= 0; t--) {
                 store(to_end + t * row + k, factor);

@@ -35,13 +35,13 @@ struct Problem {
     int chunk() const;
 };
 
-constexpr int ROWS = 32;   // most rows of one kind in a chunk
-constexpr int WINDOW = 8;  // chunks between the states that the backward pass starts again from
+constexpr int ROWS = 32;         // most rows of one kind in a chunk
+constexpr int SOLVED_ROWS = 16;  // and in one whose rows read: what they cost together grows with their number
+constexpr int WINDOW = 8;        // chunks between the states that the backward pass starts again from
 
 // Tokens a chunk.
 inline int chunk_of(long reads, long lone) {
-    const long most = reads > lone ? reads : lone;
-    return most > 1 ? ROWS / most : ROWS;
+    return reads ? SOLVED_ROWS / (reads > lone ? reads : lone) : ROWS / lone;
 }
 
 inline int Problem::chunk() const { return chunk_of(reads, lone); }

@@ -71,32 +71,28 @@ struct Walk {
     // Calls `use(tokens at once, readers a token, raw, with the queries, first reader)` for a few readers at a time.
     template <typename Use>
     void groups(Use use) const {
-        int at = 0;
-        do {
-            const int left = reads - at;
-            if (raw) {
-                at += group<1>(left, at, use);
-            } else {
-                at += group<0>(left, at, use);
-            }
-        } while (at < reads);
+        if (raw) {
+            groups<1>(use);
+        } else {
+            groups<0>(use);
+        }
     }
 
     template <int before, typename Use>
-    static int group(int left, int at, Use use) {
-        const auto with = [&](auto count, auto rows) {
-            if (at == 0) {
-                use(count, rows, Constant<before>{}, Constant<1>{}, at);
-            } else {
-                use(count, rows, Constant<before>{}, Constant<0>{}, at);
-            }
-            return (int)rows;
-        };
-        if (left >= 4) return with(Constant<2>{}, Constant<4>{});
-        if (left >= 2) return with(Constant<2>{}, Constant<2>{});
-        if (left == 1) return with(Constant<4>{}, Constant<1>{});
-        use(Constant<4>{}, Constant<0>{}, Constant<0>{}, Constant<1>{}, 0);
-        return 0;
+    void groups(Use use) const {
+        constexpr Constant<before> BEFORE;
+        constexpr Constant<1> ONE;
+        constexpr Constant<2> TWO;
+        constexpr Constant<4> FOUR;
+        constexpr Constant<0> NONE;
+        int at = reads >= 4 ? 4 : reads >= 2 ? 2 : reads;
+        if (at == 4) use(TWO, FOUR, BEFORE, ONE, 0);
+        if (at == 2) use(TWO, TWO, BEFORE, ONE, 0);
+        if (at == 1) use(FOUR, ONE, BEFORE, ONE, 0);
+        if (at == 0) use(FOUR, NONE, NONE, ONE, 0);
+        for (; reads - at >= 4; at += 4) use(TWO, FOUR, BEFORE, NONE, at);
+        for (; reads - at >= 2; at += 2) use(TWO, TWO, BEFORE, NONE, at);
+        if (at < reads) use(TWO, ONE, BEFORE, NONE, at);
     }
 
     template <int COUNT, int READS, bool RAW, bool QUERY, bool MASKED>
