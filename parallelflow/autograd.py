@@ -347,6 +347,16 @@ def _pull(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
 torch.library.register_autograd("parallelflow::integrate", _pull, setup_context=_setup)
 
 
+def untie(inputs: Inputs) -> tuple[tuple[int, ...], Inputs]:
+    """``Setting.ties``, and the inputs with every tensor in the first of its slots alone."""
+    ties = list(range(SLOTS))
+    untied: list[Tensor | None] = list(inputs)
+    for slot, other in TIES:
+        if inputs[slot] is inputs[other]:
+            ties[slot], untied[slot] = other, None
+    return tuple(ties), Inputs(*untied)  # type: ignore[arg-type]
+
+
 def run(
     inputs: Inputs,
     traits: Traits,
@@ -356,16 +366,12 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and final states, differentiable."""
-    ties = list(range(SLOTS))
-    untied: list[Tensor | None] = list(inputs)
-    for slot, other in TIES:
-        if inputs[slot] is inputs[other]:
-            ties[slot], untied[slot] = other, None
-    setting = Setting(traits, plan, sequence_starts, backend, tuple(ties))
+    ties, untied = untie(inputs)
+    setting = Setting(traits, plan, sequence_starts, backend, ties)
     if torch.compiler.is_compiling():
         output, final, _ = _integrate(*untied, cu_seqlens, *_Code.of(setting))
     elif _nothing_to_record(untied):
-        output, final, _ = setting.forward(Inputs(*untied), keep=False)  # type: ignore[arg-type]
+        output, final, _ = setting.forward(untied, keep=False)
     else:
         output, final, *_ = _Flow.apply(setting, *untied)
     return output, final

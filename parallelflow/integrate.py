@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -49,10 +49,13 @@ class Options(TypedDict, total=False):
     cu_seqlens_cpu: Tensor | None
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
-    aggregate: Literal["sequential", "associative", "segmented"]
+    aggregate: Literal["sequential", "associative", "segmented", "distributed"]
     backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
     state_positions: Sequence[int] | None
     validate: bool | None
+    context_group: Any
+    context_lengths: Sequence[int] | None
+    final_state_on: Literal["last", "all"]
 
 
 def integrate(
@@ -71,6 +74,9 @@ def integrate(
     backend: str = "auto",
     state_positions: Sequence[int] | None = None,
     validate: bool | None = None,
+    context_group: Any = None,
+    context_lengths: Sequence[int] | None = None,
+    final_state_on: str = "last",
 ) -> Result | ResultWithStates:
     """``o_t = scale · S_tᵀ q_t`` along the flow of ``driver``, all tokens at once.
 
@@ -88,7 +94,11 @@ def integrate(
         cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation.
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
         solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
-        aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
+        aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``; or ``distributed``: across the ranks
+            of ``context_group``, and ``sequential`` on each. A rank's tensors are its tokens, in the order of ranks, as
+            many as it likes; ``cu_seqlens`` are of the whole line, on every rank; ``initial_state`` counts where a
+            sequence's first token is (for B sequences side by side, on the first rank; None elsewhere will do). All
+            ranks make the same calls, forward and backward.
         backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
             ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
             and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. Kernels serve one
@@ -96,7 +106,11 @@ def integrate(
             ``aggregate`` left as they are (they choose their own chunks); forced on anything else they raise.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
-            the host; None checks eagerly on the CPU only.
+            the host; None checks eagerly on the CPU only. Over ranks, also whether all have the same shapes and
+            settings, which is checked unless it is False.
+        context_group: a ``ProcessGroup``, or a ``DeviceMesh`` of one dimension.
+        context_lengths: the tokens of each of its ranks, where they are known: spares packed sequences an exchange.
+        final_state_on: over ranks, which of them return the final states: the ``last`` one, or ``all``.
 
     Returns:
         ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``; with ``state_positions`` a
@@ -112,12 +126,20 @@ def integrate(
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
     if discretization is not None and isinstance(driver, LowRankDriver):
         canonical(*_autocast(driver, query), initial_state, scale)  # shapes are checked before rows are combined
+    if context_group is not None or aggregate == "distributed":
+        if state_positions is not None:
+            raise ValueError("state_positions: got some with a context_group, expected none")
+        return _over_ranks(
+            driver, query, discretization, initial_state, cu_seqlens, cu_seqlens_cpu,
+            {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend},
+            validate, context_group, context_lengths, return_final_state, final_state_on,
+        )  # fmt: skip
     driver = discretize(driver, discretization)
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
     expect_choice("solver", solver, SOLVERS)
-    expect_choice("aggregate", aggregate, AGGREGATES)
+    expect_choice("aggregate", aggregate, [*AGGREGATES, "distributed"])
     expect_choice("backend", backend, BACKENDS)
     if state_positions is not None:
         return _with_states(
@@ -129,10 +151,8 @@ def integrate(
     inputs, traits, decided = canonical(driver, query, initial_state, scale)
     checking = may_read(query) if validate is None else validate
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking)
-    if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
-        raise ValueError(
-            "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
-        )
+    if checking:
+        _check_log_decay(driver.log_decay)
     choice = (backend, chunk_size, solver, aggregate)
     if choice not in decided:
         plan = Plan(int(chunk_size), solver, aggregate)
@@ -143,6 +163,69 @@ def integrate(
     else:
         output, final = run(inputs, traits, plan, starts, cu_seqlens, tier)
     return Result(output, final if return_final_state else None)
+
+
+@torch.compiler.disable
+def _over_ranks(
+    driver: LowRankDriver | DriverSource,
+    query: Tensor,
+    discretization: Discretization | str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    options: dict[str, Any],
+    validate: bool | None,
+    context_group: Any,
+    context_lengths: Sequence[int] | None,
+    return_final_state: bool,
+    final_state_on: str,
+) -> Result:
+    """``integrate`` with ``aggregate="distributed"``. What is wrong on one rank is raised on all."""
+    from parallelflow import distributed  # torch.distributed takes a while to import, and is not everywhere
+
+    context = distributed.Context.of(context_group)
+    try:
+        expect_choice("aggregate", options["aggregate"], ("distributed",))
+        expect_positive_integer("chunk_size", options["chunk_size"])
+        if options["scale"] is not None:
+            expect_number("scale", options["scale"])
+        expect_choice("solver", options["solver"], SOLVERS)
+        expect_choice("backend", options["backend"], BACKENDS)
+        expect_choice("final_state_on", final_state_on, distributed.FINAL_STATE_ON)
+        driver, query = _autocast(discretize(driver, discretization), query)
+        inputs, traits, _ = canonical(driver, query, initial_state, options["scale"])
+        starts = None
+        if cu_seqlens is not None:
+            expect_tensor("cu_seqlens", cu_seqlens)
+            starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
+        distributed.check(context, inputs, starts, context_lengths)
+        if may_read(query) if validate is None else validate:
+            _check_log_decay(driver.log_decay)
+        plan = Plan(int(options["chunk_size"]), options["solver"])
+        if inputs.query.numel():
+            _choose(options["backend"], inputs, traits, plan)  # raises where a forced one does not fit
+    except (TypeError, ValueError) as error:
+        if validate is False:
+            raise
+        distributed.refuse(context, error, query.device)
+
+    def choose(inputs: Inputs) -> str:
+        """With more value channels than the model has, a forced backend may not fit: the flow is then made in torch."""
+        tier = fastest(inputs) if options["backend"] == "auto" else options["backend"]
+        return tier if tier == "torch" or (refusal(tier, inputs, traits) is None and plan == Plan()) else "torch"
+
+    return Result(*distributed.run(
+        context, inputs, traits, plan, choose, cu_seqlens=starts, context_lengths=context_lengths,
+        return_final_state=return_final_state, final_state_on=final_state_on,
+        settings={**options, "discretization": str(discretization)}, checking=validate is not False,
+    ))  # fmt: skip
+
+
+def _check_log_decay(log_decay: Tensor | None) -> None:
+    if log_decay is not None and not bool((log_decay <= 0).all()):
+        raise ValueError(
+            "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
+        )
 
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:

@@ -22,6 +22,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("aggregate",),
     ("kernels", "torch_backend", "recurrence"),
     ("autograd",),
+    ("distributed",),
     ("integrate",),
     ("functional",),
     ("step", "paths"),
