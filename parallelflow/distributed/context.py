@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+_MET: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""The names of the groups that have met, in each world that was initialised."""
 
 Transfer = tuple[int, Tensor]
 """A rank of the group, and the contiguous tensor that goes there or comes from there."""
@@ -51,15 +55,23 @@ class Context:
             )
         return Context(context_group, dist.get_rank(context_group), dist.get_world_size(context_group))
 
-    @property
-    def over_nccl(self) -> bool:
-        """Whether what lies on a GPU travels over NCCL."""
-        return "nccl" in dist.get_backend(self.group)
+    def over_nccl(self, device: torch.device) -> bool:
+        """Whether what lies on this device travels over NCCL."""
+        return device.type == "cuda" and "nccl" in dist.get_backend_config(self.group)
 
     def message_device(self, device: torch.device) -> torch.device:
         """Where short messages about data on ``device`` are put: the CPU, where the group reaches it."""
-        reached = {kind.type for kind in self.group._device_types}
-        return torch.device("cpu") if "cpu" in reached or not reached else device
+        return torch.device("cpu") if "cpu:" in dist.get_backend_config(self.group) else device
+
+    def meet(self, device: torch.device) -> None:
+        """NCCL wants all ranks in a group's first call, before some of them trade. Every rank comes here first."""
+        world = dist.GroupMember.WORLD
+        if not self.over_nccl(device) or world is None:
+            return
+        met = _MET.setdefault(world, set())
+        if self.group.group_name not in met:
+            self.sum(torch.zeros(1, device=device), "the first meeting")
+            met.add(self.group.group_name)
 
     def gather(self, tensor: Tensor, what: str) -> list[Tensor]:
         """Every rank's tensor, all of one shape."""

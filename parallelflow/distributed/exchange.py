@@ -98,11 +98,12 @@ def start(
     What enters the first rank is 0; what enters where no sequence goes on is of no meaning.
     """
     flow = Flow(flow.transition.contiguous(), flow.source.contiguous())
-    if context.size == 1:
+    if context.size == 1 or not flow.source.numel():
         return partial(torch.zeros_like, flow.source)
+    context.meet(flow.source.device)
     line = Line.of(context, passing, reverse)
     if method is None:
-        sizes = (flow.source.nbytes, flow.transition.nbytes, LATENCY_BYTES[context.over_nccl])
+        sizes = (flow.source.nbytes, flow.transition.nbytes, LATENCY_BYTES[context.over_nccl(flow.source.device)])
         method = cheapest(context.size, line.span, *sizes)
     return {"ring": _ring, "scan": _scan, "all_gather": _all_gather}[method](context, flow, line)
 
