@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, run
@@ -165,7 +166,7 @@ def integrate(
     return Result(output, final if return_final_state else None)
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler's own would import the compiler
 def _over_ranks(
     driver: LowRankDriver | DriverSource,
     query: Tensor,

@@ -4,9 +4,21 @@ A flow over a piece of the sequence is a pair ``(P, H)``, pieces compose, and a 
 chunk: ``aggregate="distributed"`` is the aggregate over ranks, around any backend, for every driver.
 """
 
-from parallelflow.distributed.agreement import refuse
+from parallelflow.distributed.agreement import lengths_of, refuse
 from parallelflow.distributed.call import FINAL_STATE_ON, check, run
 from parallelflow.distributed.context import Context, ContextGroupError
+from parallelflow.distributed.past import Surroundings, past_inputs
 from parallelflow.distributed.shards import even_lengths
 
-__all__ = ["FINAL_STATE_ON", "Context", "ContextGroupError", "check", "even_lengths", "refuse", "run"]
+__all__ = [
+    "FINAL_STATE_ON",
+    "Context",
+    "ContextGroupError",
+    "Surroundings",
+    "check",
+    "even_lengths",
+    "lengths_of",
+    "past_inputs",
+    "refuse",
+    "run",
+]

@@ -35,6 +35,11 @@ def agree(context: Context, settings: Settings, tokens: int, recording: bool, de
     return Agreement([count for _, count, *_ in everyone], any(records for _, _, records, _ in everyone))
 
 
+def lengths_of(context: Context, tokens: int, device: torch.device) -> list[int]:
+    """The tokens of every rank, from every rank's own."""
+    return [count for _, count, *_ in _exchange(context, [0, tokens, 0, 0], device)]
+
+
 def refuse(context: Context, error: Exception, device: torch.device) -> NoReturn:
     """Tells the other ranks what is wrong on this one, and raises it."""
     _exchange(context, [0, 0, 0, 1], device)

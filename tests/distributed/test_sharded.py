@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from parallelflow.testing import Sizes, make_initial_state
+from parallelflow.testing import Sizes
 from tests.cases import PUBLISHED, STRUCTURES, by_name
 from tests.distributed.cases import alone, expect_same, on_rank
 from tests.distributed.ranks import SIZES
