@@ -131,6 +131,7 @@ def _shapes(inputs: Inputs) -> agreement.Settings:
     """Of every tensor without its tokens, and its dtype."""
     found: agreement.Settings = {}
     for name, tensor in zip(Inputs._fields[:-1], inputs, strict=False):
-        what = None if tensor is None else f"{tensor.dtype} {[tensor.shape[0], 'T', *tensor.shape[2:]]}"
-        found[NAMES.get(name, name)] = what
+        if tensor is not None:
+            axes = ", ".join(map(str, (tensor.shape[0], "T", *tensor.shape[2:])))
+            found[NAMES.get(name, name)] = f"{tensor.dtype} [{axes}]"
     return found

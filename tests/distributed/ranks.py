@@ -75,10 +75,9 @@ class Ranks:
 def _serve(rank: int, size: int, groups: tuple[int, ...], port: int, timeout: float, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
-    )  # the world is a group like any other
-    made = {n: dist.new_group(range(size - n, size)) for n in groups}
+    patience = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=patience)
+    made = {n: dist.new_group(range(size - n, size), timeout=patience) for n in groups}
     while True:
         try:
             count, function, arguments = pickle.loads(pipe.recv_bytes())
