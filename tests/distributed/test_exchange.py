@@ -1,4 +1,4 @@
-"""The scan over ranks: three ways, any pattern of sequences, three kinds of transition; what travels is what is said."""
+"""The scan over ranks: three ways, any pattern of sequences, three kinds of transition; and what travels."""
 
 from __future__ import annotations
 

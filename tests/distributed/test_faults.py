@@ -165,7 +165,7 @@ def test_a_second_derivative_is_refused(ranks):
 
 
 def fail_on_rank(group, how, when):
-    """One rank dies, or sleeps, before the call, or between its passes."""
+    """One rank dies, or sleeps for longer than the test takes, before the call or between its passes."""
     tensors = make_inputs("gated_delta_rule", Sizes(1, 6, 1, 2, 4, 3))
     tensors["value"].requires_grad_()
 
@@ -173,10 +173,8 @@ def fail_on_rank(group, how, when):
         if group.rank() == 1:
             if how == "dies":
                 os._exit(1)
-            time.sleep(2 * PATIENCE)
+            time.sleep(1000)
 
-    functional.gated_delta_rule(**tensors)  # compiles, where there is something to compile
-    start = time.monotonic()
     try:
         if when == "before":
             fail()
@@ -185,22 +183,20 @@ def fail_on_rank(group, how, when):
             fail()
         output.sum().backward()
     except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - start
-    return "nothing", "", time.monotonic() - start
+        return type(error).__name__, str(error)
+    return "nothing", ""
 
 
 @pytest.mark.parametrize("when", ["before", "between"])
-@pytest.mark.parametrize("how", ["dies", "is late"])
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
 def test_a_rank_that_does_not_come(how, when):
-    """Every other rank gets an error that says so, within the group's timeout."""
+    """Every other rank gets an error that says so, while the one that sleeps still does."""
     impatient = Ranks(3, (3,), PATIENCE)
     try:
-        for rank, (answer, _) in enumerate(impatient.answers(3, fail_on_rank, how, when)):
-            if rank != 1:
-                kind, message, seconds = answer
-                assert kind == "ContextGroupError"
-                assert f"rank {rank} of 3 waited in vain for the others" in message
-                assert seconds <= PATIENCE + 2
+        answers = impatient.answers(3, fail_on_rank, how, when, but=1)
+        for rank, ((kind, message), _) in zip((0, 2), answers, strict=True):
+            assert kind == "ContextGroupError"
+            assert f"rank {rank} of 3 waited in vain for the others" in message
     finally:
         impatient.stop()
 
