@@ -116,7 +116,7 @@ def measure(op: str, tokens: int, mode: str, group: Any, machine: Machine, optio
     """One row, on every rank of the group."""
     context = Context.of(group)
     inputs = draw(op, even_lengths(tokens, context.size)[context.rank], machine, context.rank)
-    cotangent = torch.ones((), device=machine.device, dtype=machine.dtype).expand(inputs["query"].shape)
+    cotangent = torch.ones_like(inputs["query"])
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     unchecked = {"backend": options.backend, "validate": False}
 

@@ -32,7 +32,15 @@ def test_the_code_of_the_readme_runs():
 
 
 @pytest.mark.parametrize(
-    "page", ["layers.md", "discretizations.md", "continuous_time.md", "training.md", "state_tracking.md"]
+    "page",
+    [
+        "layers.md",
+        "discretizations.md",
+        "continuous_time.md",
+        "training.md",
+        "state_tracking.md",
+        "context_parallel.md",
+    ],
 )
 def test_the_code_of_a_page_runs(page):
     run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
@@ -76,6 +84,7 @@ def test_the_map_is_of_this_code():
         "docs/discretizations.md",
         "docs/continuous_time.md",
         "docs/theory.md",
+        "docs/context_parallel.md",
         "docs/results/reproduce/report.md",
     ],
 )

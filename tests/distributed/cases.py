@@ -23,8 +23,8 @@ def edges_of(lengths: list[int]) -> list[int]:
 
 
 def weights(like: Tensor, seed: int) -> Tensor:
-    """What makes a loss of a tensor."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
+    """What makes a loss of a tensor; the same numbers in every dtype."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(like)
 
 
 def timed(tensor: Tensor) -> bool:
