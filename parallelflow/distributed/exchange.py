@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallelflow.decays import accurate
 from parallelflow.distributed.context import Context, Transfer
 from parallelflow.flow import Flow
 
@@ -84,6 +85,20 @@ class Line:
         return place >= reach and self.origin(place) <= place - reach
 
 
+def apply(flow: Flow, state: Tensor) -> Tensor:
+    """``P S + H``, summed in the widest dtype there is: neither autocast nor TF32 has a say in what ranks exchange."""
+    wide = accurate(state.device)
+    return Flow(flow.transition.to(wide), flow.source.to(wide)).apply(state.to(wide)).to(state.dtype)
+
+
+def then(first: Flow, second: Flow) -> Flow:
+    """``first``, then ``second``, summed likewise."""
+    wide, dtype = accurate(first.source.device), first.source.dtype
+    both = (Flow(flow.transition.to(wide), flow.source.to(wide)) for flow in (first, second))
+    composed = next(both).then(next(both))
+    return Flow(composed.transition.to(dtype), composed.source.to(dtype))
+
+
 def start(
     context: Context, flow: Flow, passing: Sequence[bool], *, reverse: bool = False, method: str | None = None
 ) -> Callable[[], Tensor]:
@@ -123,7 +138,7 @@ def _ring(context: Context, flow: Flow, line: Line) -> Callable[[], Tensor]:
     def finish() -> Tensor:
         context.wait(coming, WHAT)
         if passing:
-            leaving = flow.apply(entry)
+            leaving = apply(flow, entry)
             context.wait(send(leaving), WHAT)
         context.wait(going, WHAT)
         return entry
@@ -157,8 +172,8 @@ def _scan(context: Context, flow: Flow, line: Line) -> Callable[[], Tensor]:
             works, received, _ = under_way
             context.wait(works, WHAT)
             if line.wanting(place, reach):
-                before = received if reach == 1 else received.then(before)
-                inclusive = before.then(flow) if line.passing[place] else flow
+                before = received if reach == 1 else then(received, before)
+                inclusive = then(before, flow) if line.passing[place] else flow
             reach *= 2
             if reach > line.span:
                 return before.source
@@ -179,7 +194,7 @@ def _all_gather(context: Context, flow: Flow, line: Line) -> Callable[[], Tensor
             parts = everyone[line.ranks[before]].split(sizes)
             leaving = parts[0].view_as(source)
             if before > line.origin(line.place):
-                leaving = Flow(parts[1].view_as(transition), leaving).apply(state)
+                leaving = apply(Flow(parts[1].view_as(transition), leaving), state)
             state = leaving
         return state
 

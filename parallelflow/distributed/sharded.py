@@ -130,7 +130,8 @@ class _Sharded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple:
         job, (count, _) = ctx.job, ctx.counts
-        tensors, (entry, transition, entry_queries, *kept) = ctx.saved_tensors[:SLOTS], ctx.saved_tensors[SLOTS:]
+        saved = ctx.saved_tensors  # unpacked once: checkpointing allows no second time
+        tensors, (entry, transition, entry_queries, *kept) = saved[:SLOTS], saved[SLOTS:]
         untied, shard, traits = Inputs(*tensors), job.shard, job.traits
         tied = job.tied(untied)
         if d_output is None:  # the others wait all the same
@@ -146,7 +147,7 @@ class _Sharded(torch.autograd.Function):
             pulled = pull_back(_cut(tied, 0, shard.head), traits, entry_queries, d_output_head)
             flow = Flow(adjoint, pulled)
             if d_head_end is not None:
-                flow = flow._replace(source=flow.apply(d_head_end))
+                flow = flow._replace(source=exchange.apply(flow, d_head_end))
         finish = exchange.start(job.context, flow, job.passing, reverse=True)
 
         def of_head(d_exit: Tensor) -> Inputs:

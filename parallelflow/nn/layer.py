@@ -53,9 +53,13 @@ class Sequences(NamedTuple):
         return self.context_group is None or self.cu_seqlens is None
 
     def line(self) -> dict[str, Any]:
-        """For what looks back a few tokens."""
-        names = ("cu_seqlens", "context_group", "context_lengths")
-        return {name: getattr(self, name) for name in names}
+        """For what looks back a few tokens; over ranks it reads the boundaries on the host."""
+        over_ranks = self.context_group is not None and self.cu_seqlens_cpu is not None
+        return {
+            "cu_seqlens": self.cu_seqlens_cpu if over_ranks else self.cu_seqlens,
+            "context_group": self.context_group,
+            "context_lengths": self.context_lengths,
+        }
 
     def memory(self, window: Tensor | None, state: Tensor | None) -> Memory | None:
         """None on the ranks where the sequences do not end."""

@@ -48,6 +48,8 @@ def trained_on_rank(group, how, packed):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "context"))
     everyone = mesh["data", "context"]._flatten("everyone")
     model = small_model()
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_context_group(model, mesh["context"])
     if how == "fsdp":
         for block in model.model.layers:
@@ -70,9 +72,10 @@ def trained_on_rank(group, how, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "checkpointing"])
 def test_a_language_model_on_a_mesh(four, how, packed):
-    """Loss and gradients of all parameters are those of one process with the whole batch."""
+    """Loss and gradients of all parameters are those of one process with the whole batch; also where layers are
+    computed again, their exchanges with them."""
     model, tokens = small_model(), tokens_of(1 if packed else 4)
     loss = model(input_ids=tokens, labels=tokens, cu_seqlens=torch.tensor(STARTS) if packed else None).loss
     loss.backward()

@@ -7,7 +7,7 @@ import torch
 
 from parallelflow.kernels.cpu import build
 from parallelflow.testing import FLOOR, Sizes, relative_error, round_inputs
-from tests.cases import STRUCTURES, by_name
+from tests.cases import STRUCTURES, assert_close, by_name
 from tests.distributed.cases import alone, expect_same, on_rank
 from tests.distributed.test_sharded import model
 
@@ -55,3 +55,20 @@ def test_the_compiled_kernels_over_ranks(ranks, name):
     expected = alone((case.function, {}), inputs, state, None)
     found = ranks.run(4, on_rank, call, inputs, state, None, LENGTHS, {})
     expect_same(expected, found, 2e-5)
+
+
+def autocast_on_rank(group, *arguments):
+    with torch.autocast("cpu", torch.bfloat16):
+        return on_rank(group, *arguments)
+
+
+def test_autocast_leaves_states_alone(ranks):
+    """Vectors are rounded as on one device; what the ranks exchange and compose is not."""
+    case = model("kimi_delta_attention")
+    inputs = {name: tensor.float() for name, tensor in case.inputs(case.sizes(SIZES)).items()}
+    call = (case.function, {"backend": "torch"})
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = alone(call, inputs, None, None)
+    found = ranks.run(4, autocast_on_rank, call, inputs, None, None, LENGTHS, {})
+    assert_close(found[-1]["final"], expected["final"], 1e-5)
+    assert found[0]["output"].dtype == torch.bfloat16
