@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallelflow
-from benchmarks import report
+from benchmarks import context_parallel_report, report
 from parallelflow.distributed import Context, agreement, even_lengths, exchange
 
 DENSE = ("gated_delta_rule", "delta_product", "kimi_delta_attention")
@@ -283,23 +283,6 @@ def run(options: argparse.Namespace, machine: Machine) -> list[report.Row]:
     return rows
 
 
-def table(rows: list[report.Row]) -> str:
-    """The times as a table of ratios."""
-    header = ["model", "mode", "ranks", "tokens", "forward ms", "efficiency", "forward + backward ms", "efficiency",
-              "exchange ms", "MiB received", "way"]  # fmt: skip
-    lines = []
-    for row in rows:
-        if "forward_ms" in row:
-            ratio = [f"{row[f'{name}_efficiency']:.2f}" if f"{name}_efficiency" in row else "–"
-                     for name in ("forward", "forward_backward")]  # fmt: skip
-            lines.append([
-                f"`{row['op']}`", row["mode"], str(row["ranks"]), f"{row['tokens']:,}",
-                report.number(row["forward_ms"]), ratio[0], report.number(row["forward_backward_ms"]), ratio[1],
-                report.number(row["exchange_ms"]), f"{row['bytes'] / 2**20:.2f}", row["method"],
-            ])  # fmt: skip
-    return report.markdown(header, lines)
-
-
 def main() -> None:
     options = arguments()
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -313,7 +296,7 @@ def main() -> None:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
     rows = run(options, machine)
     if dist.get_rank() == 0:
-        print(table(rows), flush=True)
+        print(context_parallel_report.times([row for row in rows if "forward_ms" in row]), flush=True)
         if options.out is not None:
             save(rows, options, machine, name)
     dist.barrier()
@@ -328,7 +311,7 @@ def save(rows: list[report.Row], options: argparse.Namespace, machine: Machine, 
     key = lambda row: tuple(row.get(name) for name in ("op", "mode", "tokens", "ranks", "check_tokens"))  # noqa: E731
     kept = {key(row): row for row in [*report.load(options.out)["rows"], *rows]}
     head = {"kind": "context_parallel", "card": card, "versions": {"PyTorch": torch.__version__}, "commit": commit}
-    head |= {"dtype": dtype, "heads": machine.heads, "size": machine.size}
+    head |= {"dtype": dtype, "heads": machine.heads, "size": machine.size, "name": options.out.stem}
     report.save({**head, "rows": list(kept.values())}, options.out)
 
 
