@@ -6,6 +6,7 @@ import hashlib
 from typing import NamedTuple, NoReturn
 
 import torch
+from torch._compile import _disable_dynamo
 
 from parallelflow.distributed.context import Context
 
@@ -35,6 +36,7 @@ def agree(context: Context, settings: Settings, tokens: int, recording: bool, de
     return Agreement([count for _, count, *_ in everyone], any(records for _, _, records, _ in everyone))
 
 
+@_disable_dynamo
 def lengths_of(context: Context, tokens: int, device: torch.device) -> list[int]:
     """The tokens of every rank, from every rank's own."""
     return [count for _, count, *_ in _exchange(context, [0, tokens, 0, 0], device)]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from parallelflow.checks import expect_shape
@@ -112,6 +113,7 @@ class Surroundings(NamedTuple):
     cu_seqlens: Tensor | None
 
 
+@_disable_dynamo
 def past_inputs(
     inputs: Tensor,
     past: int,

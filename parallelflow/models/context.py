@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from parallelflow.distributed import Context, lengths_of
 
 IGNORED = -100
 
 
+@_disable_dynamo
 def loss_over_ranks(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, context_group: Any, count: Tensor | int | None = None
 ) -> Tensor:

@@ -18,7 +18,8 @@ from tests.distributed.cases import weights
 from tests.distributed.ranks import Ranks
 
 TIME = 21
-STARTS = [0, 4, 4, 15, 21]
+STARTS = [0, 4, 4, 11, 21]
+"""On four ranks of 6, 5, 5 and 5 tokens: inside one, and at an edge."""
 
 
 @pytest.fixture(scope="module")

@@ -115,3 +115,25 @@ def test_softmax_attention_says_that_it_does_not(ranks):
     for answer, error in ranks.answers(2, attention_on_rank):
         assert error is not None
         assert "context_group: got one with softmax attention" in answer
+
+
+def compiled_on_rank(group, kind, values, inputs, lengths):
+    """The gradient of the hidden states, from a layer and from the layer compiled."""
+    layer = build(kind, values)
+    set_context_group(layer, group)
+    gradients = []
+    for call in (layer, torch.compile(layer, backend="eager")):
+        hidden_states = share(group, inputs, lengths).clone().requires_grad_()
+        call(hidden_states).output.square().sum().backward()
+        gradients.append(hidden_states.grad)
+    return gradients
+
+
+def test_a_compiled_layer_breaks_its_graph_and_goes_on(ranks):
+    values = {
+        name: parameter.detach()
+        for name, parameter in make_layer("gated_delta_net", 16, num_heads=2).double().named_parameters()
+    }
+    inputs = torch.randn(1, 17, 16, dtype=torch.float64)
+    for plain, compiled in ranks.run(2, compiled_on_rank, "gated_delta_net", values, inputs, [9, 8]):
+        assert_close(compiled, plain, 1e-12)
