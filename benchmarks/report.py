@@ -1,7 +1,7 @@
 """Results of benchmarks: JSON files, and the tables and plots that are made from them and nothing else.
 
     python -m benchmarks.report           # README's tables and docs/performance/*.svg from benchmarks/results/*.json
-    python -m benchmarks.report --check   # exit status 1 where README is not what the results say
+    python -m benchmarks.report --check   # exit status 1 where a document is not what the results say
 
 A result is ``{card, versions, commit, ceilings, rows}``; a row ``{op, batch, time, key_heads, value_heads, key_dim,
 value_dim, rank, library, forward_ms, forward_backward_ms, extra_mib, first_call_s, error, …}``.
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs" / "context_parallel.md")
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -176,7 +177,18 @@ def decode_table(result: Result) -> str:
     return f"{note}\n\n{markdown(header, lines)}"
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"gpu": gpu_table, "cpu": cpu_table, "decode": decode_table}
+def context_parallel_table(result: Result) -> str:
+    from benchmarks.context_parallel_report import context_table
+
+    return context_table(result)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "gpu": gpu_table,
+    "cpu": cpu_table,
+    "decode": decode_table,
+    "context_parallel": context_parallel_table,
+}
 """What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
 
 
@@ -258,20 +270,30 @@ def _lane(row: Row) -> tuple:
     return tuple(row[name] for name in PROBLEM if name not in ("op", "time"))
 
 
-PLOTS: dict[str, Callable[[Result, Path], None]] = {"gpu": plot, "cpu": plot_cpu}
+def plot_context_parallel(result: Result, path: Path) -> None:
+    from benchmarks.context_parallel_report import context_plot
+
+    context_plot(result, path)
+
+
+PLOTS: dict[str, Callable[[Result, Path], None]] = {
+    "gpu": plot,
+    "cpu": plot_cpu,
+    "context_parallel": plot_context_parallel,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
     arguments = parser.parse_args()
-    document = README.read_text()
-    rendered = render(document)
+    stale = [path for path in DOCUMENTS if render(path.read_text()) != path.read_text()]
     if arguments.check:
-        if rendered != document:
-            print("README.md: its tables are not those of benchmarks/results; run python -m benchmarks.report")
-        return int(rendered != document)
-    README.write_text(rendered)
+        for path in stale:
+            print(f"{path.name}: its tables are not those of benchmarks/results; run python -m benchmarks.report")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(render(path.read_text()))
     for path in RESULTS.glob("*.json"):
         result = load(path)
         if result.get("kind") in PLOTS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, nothing_to_record, run
@@ -55,11 +56,14 @@ class Options(TypedDict, total=False):
     cu_seqlens_cpu: Tensor | None
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
-    aggregate: Literal["sequential", "associative", "segmented"]
+    aggregate: Literal["sequential", "associative", "segmented", "distributed"]
     backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
     batch_invariant: bool
     state_positions: Sequence[int] | None
     validate: bool | None
+    context_group: Any
+    context_lengths: Sequence[int] | None
+    final_state_on: Literal["last", "all"]
 
 
 def integrate(
@@ -82,6 +86,9 @@ def integrate(
     batch_invariant: bool = True,
     state_positions: Sequence[int] | None = None,
     validate: bool | None = None,
+    context_group: Any = None,
+    context_lengths: Sequence[int] | None = None,
+    final_state_on: str = "last",
 ) -> Result | ResultWithStates:
     """``o_t = scale · S_tᵀ q_t`` along the flow of ``driver``, all tokens at once.
 
@@ -108,7 +115,11 @@ def integrate(
             the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
         solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
-        aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``.
+        aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``; or ``distributed``: across the ranks
+            of ``context_group``, and ``sequential`` on each. A rank's tensors are its tokens, in the order of ranks, as
+            many as it likes; ``cu_seqlens`` are of the whole line, on every rank; ``initial_state`` counts where a
+            sequence's first token is (for B sequences side by side, on the first rank; None elsewhere will do). All
+            ranks make the same calls, forward and backward.
         backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
             ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
             and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. In 16 and 32
@@ -121,7 +132,11 @@ def integrate(
             nothing to gain, and their results do not change.
         state_positions: increasing numbers of tokens after which the state is wanted as well (prefix caching).
         validate: whether values are checked (log-decays ≤ 0 and not NaN, monotone ``cu_seqlens``), which reads them on
-            the host; None checks eagerly on the CPU only.
+            the host; None checks eagerly on the CPU only. Over ranks, also whether all have the same shapes and
+            settings, which is checked unless it is False.
+        context_group: a ``ProcessGroup``, or a ``DeviceMesh`` of one dimension.
+        context_lengths: the tokens of each of its ranks, where they are known: spares packed sequences an exchange.
+        final_state_on: over ranks, which of them return the final states: the ``last`` one, or ``all``.
 
     Returns:
         ``Result(output [B, T, HV, V], final_state [N, HV, K, V] or None)``; with ``state_positions`` a
@@ -139,12 +154,24 @@ def integrate(
     if discretization is not None and isinstance(driver, LowRankDriver):
         # Shapes are checked before rows are combined.
         canonical(*_autocast(driver, query), initial_state, scale, store.stored)
+    if context_group is not None or aggregate == "distributed":
+        if state_positions is not None:
+            raise ValueError("state_positions: got some with a context_group, expected none")
+        if not store.plain:
+            raise ValueError(
+                "context_group: got one with state_indices, in_place or accepted_tokens, expected none of those"
+            )
+        return _over_ranks(
+            driver, query, discretization, initial_state, cu_seqlens, cu_seqlens_cpu,
+            {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend},
+            validate, context_group, context_lengths, return_final_state, final_state_on,
+        )  # fmt: skip
     driver = discretize(driver, discretization)
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
     expect_choice("solver", solver, SOLVERS)
-    expect_choice("aggregate", aggregate, AGGREGATES)
+    expect_choice("aggregate", aggregate, [*AGGREGATES, "distributed"])
     expect_choice("backend", backend, BACKENDS)
     expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
@@ -170,10 +197,8 @@ def integrate(
     is_short = is_short and nothing_to_record(inputs)
     on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
-    if checking and driver.log_decay is not None and not bool((driver.log_decay <= 0).all()):
-        raise ValueError(
-            "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
-        )
+    if checking:
+        _check_log_decay(driver.log_decay)
     if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored or short.fits(initial_state)):
         said, state = advance_short(inputs, traits, store, cu_seqlens, decided)
         return Result(said, state if return_final_state else None)
@@ -205,6 +230,69 @@ def _choose_short(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> b
 def _longest(query: Tensor, starts: list[int] | None) -> int:
     """A number that no sequence's length exceeds."""
     return query.shape[1] if starts is None else max(last - first for first, last in pairwise(starts))
+
+
+@_disable_dynamo  # torch.compiler's own would import the compiler
+def _over_ranks(
+    driver: LowRankDriver | DriverSource,
+    query: Tensor,
+    discretization: Discretization | str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    options: dict[str, Any],
+    validate: bool | None,
+    context_group: Any,
+    context_lengths: Sequence[int] | None,
+    return_final_state: bool,
+    final_state_on: str,
+) -> Result:
+    """``integrate`` with ``aggregate="distributed"``. What is wrong on one rank is raised on all."""
+    from parallelflow import distributed  # torch.distributed takes a while to import, and is not everywhere
+
+    context = distributed.Context.of(context_group)
+    try:
+        expect_choice("aggregate", options["aggregate"], ("distributed",))
+        expect_positive_integer("chunk_size", options["chunk_size"])
+        if options["scale"] is not None:
+            expect_number("scale", options["scale"])
+        expect_choice("solver", options["solver"], SOLVERS)
+        expect_choice("backend", options["backend"], BACKENDS)
+        expect_choice("final_state_on", final_state_on, distributed.FINAL_STATE_ON)
+        driver, query = _autocast(discretize(driver, discretization), query)
+        inputs, traits, _ = canonical(driver, query, initial_state, options["scale"])
+        starts = None
+        if cu_seqlens is not None:
+            expect_tensor("cu_seqlens", cu_seqlens)
+            starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
+        distributed.check(context, inputs, starts, context_lengths)
+        if may_read(query) if validate is None else validate:
+            _check_log_decay(driver.log_decay)
+        plan = Plan(int(options["chunk_size"]), options["solver"])
+        if inputs.query.numel():
+            _choose(options["backend"], inputs, traits, plan)  # raises where a forced one does not fit
+    except (TypeError, ValueError) as error:
+        if validate is False:
+            raise
+        distributed.refuse(context, error, query.device)
+
+    def choose(inputs: Inputs) -> str:
+        """With more value channels than the model has, a forced backend may not fit: the flow is then made in torch."""
+        tier = fastest(inputs, traits) if options["backend"] == "auto" else options["backend"]
+        return tier if tier == "torch" or (refusal(tier, inputs, traits) is None and plan == Plan()) else "torch"
+
+    return Result(*distributed.run(
+        context, inputs, traits, plan, choose, cu_seqlens=starts, context_lengths=context_lengths,
+        return_final_state=return_final_state, final_state_on=final_state_on,
+        settings={**options, "discretization": str(discretization)}, checking=validate is not False,
+    ))  # fmt: skip
+
+
+def _check_log_decay(log_decay: Tensor | None) -> None:
+    if log_decay is not None and not bool((log_decay <= 0).all()):
+        raise ValueError(
+            "log_decay: got positive or NaN values, expected natural logarithms ≤ 0 (-inf resets the state)"
+        )
 
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:

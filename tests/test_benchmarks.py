@@ -14,9 +14,42 @@ def result(*rows):
     return {"kind": "gpu", "card": "A", "versions": {"X": "1"}, "commit": "c", "ceilings": ceilings, "rows": list(rows)}
 
 
-def test_readme_is_rendered_from_the_results():
-    document = report.README.read_text()
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_is_rendered_from_the_results(path):
+    document = path.read_text()
+    assert "<!-- benchmarks:" in document
     assert report.render(document) == document, "run python -m benchmarks.report"
+
+
+def test_scaling_is_told_as_ratios(tmp_path):
+    from benchmarks.context_parallel import efficiencies
+    from benchmarks.context_parallel_report import context_plot, context_table
+
+    row = {"op": "ssd", "mode": "total", "tokens": 64, "method": "scan", "bytes": 2**20, "exchange_ms": 0.5}
+    rows = [
+        {**row, "ranks": 1, "forward_ms": 8.0, "forward_backward_ms": 16.0},
+        {**row, "ranks": 4, "forward_ms": 4.0, "forward_backward_ms": 5.0},
+        {**row, "ranks": 1, "mode": "per rank", "forward_ms": 2.0, "forward_backward_ms": 4.0},
+        {**row, "ranks": 4, "mode": "per rank", "forward_ms": 4.0, "forward_backward_ms": 5.0},
+        {"op": "ssd", "ranks": 4, "check_tokens": 64, "from_one_rank": 1e-3, "from_float64": 3e-3,
+         "one_rank_from_float64": 2e-3, "same_bits": True},
+    ]  # fmt: skip
+    efficiencies(rows)
+    result = {
+        "card": "A",
+        "versions": {"X": "1"},
+        "dtype": "bfloat16",
+        "heads": 16,
+        "size": 128,
+        "name": "n",
+        "rows": rows,
+    }
+    table = context_table(result)
+    assert "| `ssd` | total | 4 | 64 | 4.00 | 0.50 | 5.00 | 0.80 | 0.500 | 1.00 | scan |" in table
+    assert "| `ssd` | per rank | 4 | 64 | 4.00 | 0.50 | 5.00 | 0.80 | 0.500 | 1.00 | scan |" in table
+    assert "| `ssd` | 4 | 64 | 1.0e-03 | 3.0e-03 | 2.0e-03 | yes |" in table
+    context_plot(result, tmp_path / "n.svg")
+    assert (tmp_path / "n.svg").stat().st_size > 0
 
 
 def test_a_row_takes_the_place_of_an_older_one():

@@ -32,7 +32,16 @@ def test_the_code_of_the_readme_runs():
 
 
 @pytest.mark.parametrize(
-    "page", ["layers.md", "discretizations.md", "continuous_time.md", "training.md", "state_tracking.md", "serving.md"]
+    "page",
+    [
+        "layers.md",
+        "discretizations.md",
+        "continuous_time.md",
+        "training.md",
+        "state_tracking.md",
+        "serving.md",
+        "context_parallel.md",
+    ],
 )
 def test_the_code_of_a_page_runs(page):
     run_code((ROOT / "docs" / page).read_text(encoding="utf-8"), page)
@@ -77,6 +86,7 @@ def test_the_map_is_of_this_code():
         "docs/continuous_time.md",
         "docs/serving.md",
         "docs/theory.md",
+        "docs/context_parallel.md",
         "docs/results/reproduce/report.md",
     ],
 )

@@ -22,7 +22,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("aggregate",),
     ("kernels", "torch_backend", "recurrence"),
     ("autograd",),
-    ("serving",),
+    ("serving", "distributed"),
     ("integrate",),
     ("again",),
     ("functional",),

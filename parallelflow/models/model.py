@@ -15,6 +15,7 @@ from parallelflow.checks import expect_shape
 from parallelflow.models.cache import ParallelFlowCache
 from parallelflow.models.configuration import ParallelFlowConfig
 from parallelflow.nn import RWKV7, Block, Layer, make_layer
+from parallelflow.nn.layer import tokens_of_ranks
 from parallelflow.nn.packing import Packing
 
 
@@ -47,6 +48,8 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
     Names of flash-linear-attention's models: ``embeddings``, ``layers.N.attn_norm``, ``attn``, ``mlp_norm``, ``mlp``,
     ``norm``.
     """
+
+    context_group: Any = None
 
     def __init__(self, config: ParallelFlowConfig) -> None:
         super().__init__(config)
@@ -89,6 +92,11 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         tokens = hidden_states.shape[1]
+        over_ranks: dict[str, Any] = {}
+        if self.context_group is not None:
+            if attention_mask is not None or position_ids is not None:
+                raise ValueError("attention_mask, position_ids: got one with a context group, expected cu_seqlens")
+            over_ranks = {"context_lengths": tokens_of_ranks(self.context_group, hidden_states)}
         if cu_seqlens is None and attention_mask is None:
             cu_seqlens = sequences_of(position_ids)
         packing, options = None, {}
@@ -108,11 +116,13 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
             seen.append(hidden_states)
             memory = None if cache is None else cache.memories[index].memory
             shared = {"first_value": first_value} if isinstance(block.attn, RWKV7) else {}
-            mixed = block(hidden_states, memory=memory, **options, **shared)
+            mixed = block(hidden_states, memory=memory, **options, **over_ranks, **shared)
             hidden_states = mixed.output
             first_value = getattr(mixed, "first_value", first_value)
             if cache is not None:
                 cache.memories[index].set(mixed.memory, tokens)
+        if over_ranks and mixed.memory is None:  # the sequences end on another rank
+            cache = None
         hidden_states = self.norm(hidden_states)
         seen.append(hidden_states)
         if packing is not None:
@@ -156,8 +166,13 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
     - ``logits_to_keep``: of the last so many places (0: all), or at these indices,
 
     it returns ``CausalLMOutputWithPast``.
+
+    After ``nn.set_context_group(model, group)`` the tokens (and labels) are a rank's share of longer lines, and
+    ``cu_seqlens`` are of the whole lines. ``loss`` is then that of the whole lines, on every rank, and the mean of the
+    ranks' gradients, as DistributedDataParallel and FSDP take it, is its gradient. The last rank returns the cache.
     """
 
+    context_group: Any = None
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: ParallelFlowConfig) -> None:
@@ -199,12 +214,17 @@ class ParallelFlowForCausalLM(ParallelFlowPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             expect_shape("labels", labels, "as many as logits", logits.shape[:2])
-            loss = self.loss_function(
-                logits=logits,
-                labels=_predicted(labels, attention_mask, cu_seqlens),
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            if self.context_group is not None:
+                from parallelflow.models.context import loss_over_ranks
+
+                loss = loss_over_ranks(logits, labels, cu_seqlens, self.context_group, num_items_in_batch)
+            else:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=_predicted(labels, attention_mask, cu_seqlens),
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -11,7 +11,7 @@ from parallelflow.nn.delta_product import DeltaProduct
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.gated_linear_attention import GatedLinearAttention
 from parallelflow.nn.kimi_delta_attention import KimiDeltaAttention
-from parallelflow.nn.layer import Layer, Memory, Mixed
+from parallelflow.nn.layer import Layer, Memory, Mixed, set_context_group
 from parallelflow.nn.linear_cde import LinearCDE
 from parallelflow.nn.low_rank_flow import LowRankFlow
 from parallelflow.nn.mamba2 import Mamba2
@@ -39,4 +39,5 @@ __all__ = [
     "LAYERS",
     "layer_options",
     "make_layer",
+    "set_context_group",
 ]

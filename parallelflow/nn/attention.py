@@ -65,6 +65,11 @@ class SoftmaxAttention(Layer):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def mix(self, hidden_states: Tensor, memory: KeysAndValues | None, sequences: Sequences) -> Mixed:
+        if sequences.context_group is not None:
+            raise ValueError(
+                "context_group: got one with softmax attention, which keeps all keys and values; expected layers whose "
+                "state has a constant size"
+            )
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

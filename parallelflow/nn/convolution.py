@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,24 @@ class Line(NamedTuple):
     past: int
 
     @staticmethod
-    def of(inputs: Tensor, past: int, window: Tensor | None, cu_seqlens: Tensor | None = None) -> Line:
+    def of(
+        inputs: Tensor,
+        past: int,
+        window: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        context_group: Any = None,
+        context_lengths: Sequence[int] | None = None,
+    ) -> Line:
         """``inputs [B, T, C]`` after ``window [N, past, C]`` (None: zeros); N is B, or the number of packed sequences.
+        Over ranks, sequences that go on from the rank before have that rank's last inputs for a window.
 
         Raises:
             ValueError: if ``window`` has another shape.
         """
+        if context_group is not None:
+            from parallelflow.distributed import past_inputs
+
+            inputs, window, cu_seqlens = past_inputs(inputs, past, window, cu_seqlens, context_group, context_lengths)
         batch, time, channels = inputs.shape
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if window is None:
@@ -68,6 +81,8 @@ def short_convolution(
     *,
     window: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    context_group: Any = None,
+    context_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = b + Σ_i w_i ⊙ x_{t - W + 1 + i}``, each channel on its own; and the window for the next call.
 
@@ -76,12 +91,14 @@ def short_convolution(
         weight: ``[C, 1, W]``, as a depthwise ``Conv1d`` holds it.
         bias: ``[C]`` or None.
         window: ``[N, W - 1, C]``, the inputs before; None is zeros, the start of a sequence.
-        cu_seqlens: ``[N + 1]``, the packed sequences' first tokens, then T.
+        cu_seqlens: ``[N + 1]``, the packed sequences' first tokens, then T; over ranks, of the whole line.
+        context_group, context_lengths: the ranks that share the line; see ``parallelflow.integrate``. A window is then
+            the first rank's, and packed sequences take none.
 
     Sums are taken in at least float32; the output has the inputs' dtype.
     """
     width = weight.shape[-1]
-    line = Line.of(inputs, width - 1, window, cu_seqlens)
+    line = Line.of(inputs, width - 1, window, cu_seqlens, context_group, context_lengths)
     taps = weight[:, 0].to(torch.promote_types(inputs.dtype, torch.float32)).unbind(-1)
     total = taps[-1] * line.shifted(0)
     for back in range(1, width):
@@ -91,10 +108,15 @@ def short_convolution(
 
 
 def token_shift(
-    inputs: Tensor, *, window: Tensor | None = None, cu_seqlens: Tensor | None = None
+    inputs: Tensor,
+    *,
+    window: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    context_group: Any = None,
+    context_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x_{t-1}`` for every t, ``[B, T, C]``, and the window ``[N, 1, C]`` for the next call."""
-    line = Line.of(inputs, 1, window, cu_seqlens)
+    line = Line.of(inputs, 1, window, cu_seqlens, context_group, context_lengths)
     return line.at_own(line.shifted(1)), line.window
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +39,31 @@ class Mixed(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where sequences begin on a packed line, and the same on the host; (None, None) for a regular batch."""
+    """Where sequences begin on a packed line, and the same on the host (None: side by side); where the line is cut over
+    ranks, their group, and each one's tokens."""
 
     cu_seqlens: Tensor | None = None
     cu_seqlens_cpu: Tensor | None = None
+    context_group: Any = None
+    context_lengths: Sequence[int] | None = None
+
+    @property
+    def remembered(self) -> bool:
+        """Whether a memory comes out: over ranks only of sequences side by side, which all end on the last rank."""
+        return self.context_group is None or self.cu_seqlens is None
+
+    def line(self) -> dict[str, Any]:
+        """For what looks back a few tokens; over ranks it reads the boundaries on the host."""
+        over_ranks = self.context_group is not None and self.cu_seqlens_cpu is not None
+        return {
+            "cu_seqlens": self.cu_seqlens_cpu if over_ranks else self.cu_seqlens,
+            "context_group": self.context_group,
+            "context_lengths": self.context_lengths,
+        }
+
+    def memory(self, window: Tensor | None, state: Tensor | None) -> Memory | None:
+        """None on the ranks where the sequences do not end."""
+        return None if state is None else Memory(window, state)
 
 
 class Layer(nn.Module):
@@ -61,13 +82,17 @@ class Layer(nn.Module):
     - ``cu_seqlens [N + 1]`` (and ``cu_seqlens_cpu``, the same on the host), for sequences packed on a line of B = 1,
     - ``memory`` of an earlier call, None at the start of the sequences,
     - ``first_value``, which RWKV-7 alone takes,
+    - ``context_lengths``, the tokens of each rank of ``set_context_group``; None: they are asked for,
 
     a layer returns ``Mixed(output [B, T, D], memory)``. Cutting a sequence into calls, one token or many, changes
-    nothing but rounding.
+    nothing but rounding; nor does cutting it over ranks (``set_context_group``), of which the first takes the memory
+    and the last returns it.
 
     Raises:
-        TypeError, ValueError: for shapes that do not fit, and for a mask together with ``cu_seqlens``.
+        TypeError, ValueError: for shapes that do not fit, and for a mask together with ``cu_seqlens`` or ranks.
     """
+
+    context_group: Any = None
 
     def __init__(self, hidden_size: int, engine: Options | None = None) -> None:
         super().__init__()
@@ -83,12 +108,18 @@ class Layer(nn.Module):
         cu_seqlens_cpu: Tensor | None = None,
         memory: Any = None,
         first_value: Tensor | None = None,
+        context_lengths: Sequence[int] | None = None,
     ) -> Mixed:
         expect_floating("hidden_states", hidden_states)
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states: got shape {show(hidden_states)}, expected [B, T, D] with D = {self.hidden_size}"
             )
+        group = self.context_group
+        if group is not None and attention_mask is not None:
+            raise ValueError("attention_mask: got one with a context group, expected packed sequences or none")
+        if group is not None and context_lengths is None:
+            context_lengths = tokens_of_ranks(group, hidden_states)
         if cu_seqlens is None:
             packing = Packing.of(attention_mask, hidden_states)
         elif attention_mask is None:
@@ -97,7 +128,8 @@ class Layer(nn.Module):
             raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")
         shared = {} if first_value is None else {"first_value": first_value}
         if packing is None:
-            return self.mix(hidden_states, memory, Sequences(cu_seqlens, cu_seqlens_cpu), **shared)
+            sequences = Sequences(cu_seqlens, cu_seqlens_cpu, group, context_lengths)
+            return self.mix(hidden_states, memory, sequences, **shared)
         sequences = Sequences(packing.cu_seqlens, packing.cu_seqlens_cpu)
         shared = {name: packing.pack(tensor) for name, tensor in shared.items()}
         return self.mix(packing.pack(hidden_states), memory, sequences, **shared).per_token(packing.unpack)
@@ -108,7 +140,10 @@ class Layer(nn.Module):
 
     def options(self, state: Tensor | None, sequences: Sequences) -> dict[str, Any]:
         """For the model's function: where to go on from, and the engine's."""
-        return {"initial_state": state, "return_final_state": True, **sequences._asdict(), **self.engine}
+        options = {"initial_state": state, "return_final_state": sequences.remembered, **sequences._asdict()}
+        if sequences.context_group is not None:
+            options["aggregate"] = "distributed"
+        return {**options, **self.engine}
 
     def initial_values(self) -> dict[str, Tensor]:
         """Fresh values of the layer's own parameters, and of those of its parts (by dotted names) that start otherwise
@@ -123,6 +158,34 @@ class Layer(nn.Module):
                 self.get_parameter(name).copy_(value)
             else:
                 self.register_parameter(name, nn.Parameter(value))
+
+
+def tokens_of_ranks(context_group: Any, hidden_states: Tensor) -> list[int]:
+    """How many tokens each rank of a group has, of which this one has ``hidden_states [B, T, D]``."""
+    from parallelflow.distributed import Context, lengths_of
+
+    return lengths_of(Context.of(context_group), hidden_states.shape[1], hidden_states.device)
+
+
+def set_context_group(module: nn.Module, context_group: Any) -> None:
+    """From now on all layers in ``module`` (and a model's loss) take their tokens for a rank's share of longer lines.
+
+    Args:
+        module: a layer, a language model of ``parallelflow.models``, or anything that has such parts.
+        context_group: a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension, whose ranks hold the line in order, as
+            ``integrate`` takes it; None: each line is whole again.
+
+    Every rank then makes the same calls, forward and backward. Parameters are each rank's own: the sum of their
+    gradients over the ranks is the gradient of the sum of the ranks' losses.
+
+    Raises:
+        ValueError: where nothing in ``module`` can be told.
+    """
+    parts = [part for part in module.modules() if hasattr(type(part), "context_group")]
+    if not parts:
+        raise ValueError(f"module: got a {type(module).__name__} without layers of parallelflow.nn, expected some")
+    for part in parts:
+        part.context_group = context_group
 
 
 def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:

@@ -87,7 +87,7 @@ class Mamba2(Layer):
         window, state = memory or (None, None)
         gate, inputs, step = self.in_proj(hidden_states).split(self.sizes, -1)
         inputs, window = short_convolution(
-            inputs, self.conv1d.weight, self.conv1d.bias, window=window, cu_seqlens=sequences.cu_seqlens
+            inputs, self.conv1d.weight, self.conv1d.bias, window=window, **sequences.line()
         )
         value, key, query = F.silu(inputs).split(self.convolved_sizes, -1)
         value = value.unflatten(-1, (self.num_heads, self.head_dim))
@@ -101,6 +101,5 @@ class Mamba2(Layer):
             -self.A_log.to(wide).exp() * step,
             **self.options(state, sequences),
         )
-        assert result.final_state is not None
         output = result.output + self.D.to(value.dtype).unsqueeze(-1) * value
-        return Mixed(self.out_proj(self.norm(output.flatten(-2), gate)), Memory(window, result.final_state))
+        return Mixed(self.out_proj(self.norm(output.flatten(-2), gate)), sequences.memory(window, result.final_state))

@@ -100,7 +100,7 @@ class QueryKeyValueLayer(Layer):
             biases = [each.bias for each in convolutions if each.bias is not None]
             bias = torch.cat(biases) if biases else None
             inputs, window = short_convolution(
-                inputs, weight, bias, window=window, cu_seqlens=sequences.cu_seqlens
+                inputs, weight, bias, window=window, **sequences.line()
             )  # one for all channels
         query, key, value = self.activate(inputs).split(self.sizes, -1)
         key_rows, rows = ((self.key_rows,), (self.rows,)) if self.stacked else ((), ())
@@ -111,10 +111,9 @@ class QueryKeyValueLayer(Layer):
             value.unflatten(-1, (*rows, self.num_value_heads, self.value_head_dim)),
             **self.options(state, sequences),
         )
-        assert result.final_state is not None
         gate = None
         if self.output_gate is not None:
             gate = self.g_proj(hidden_states).unflatten(-1, (self.num_value_heads, self.value_head_dim))
         norm = self.get_submodule(self.norm_name)
         output = self.o_proj(norm(result.output, gate).flatten(-2))
-        return Mixed(output, Memory(window, result.final_state))
+        return Mixed(output, sequences.memory(window, result.final_state))

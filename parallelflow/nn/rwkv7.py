@@ -27,7 +27,7 @@ class MixedWithValue(NamedTuple):
     ``first_value``."""
 
     output: Tensor
-    memory: Memory
+    memory: Memory | None
     first_value: Tensor
 
     def per_token(self, change: Callable[[Tensor], Tensor]) -> MixedWithValue:
@@ -151,7 +151,7 @@ class RWKV7(Layer):
         first_value: Tensor | None = None,
     ) -> MixedWithValue:
         window, state = memory or (None, None)
-        previous, window = token_shift(hidden_states, window=window, cu_seqlens=sequences.cu_seqlens)
+        previous, window = token_shift(hidden_states, window=window, **sequences.line())
         change = previous - hidden_states
         shares = {name: self.get_parameter(f"x_{name}").to(change.dtype) for name in SHIFT_POWERS}
         shifted = {name: torch.addcmul(hidden_states, change, share) for name, share in shares.items()}
@@ -177,11 +177,10 @@ class RWKV7(Layer):
             write=removed * self._heads(rate),
             **self.options(state, sequences),
         )
-        assert result.final_state is not None
         output = self.g_norm(result.output.flatten(0, 1).flatten(1)).view(*hidden_states.shape)
         bonus = (query * key * self.r_k.to(key.dtype)).sum(-1, keepdim=True) * value
         output = (output + bonus.flatten(-2)) * self.g_lora(shifted["g"])
-        return MixedWithValue(self.o_proj(output), Memory(window, result.final_state), first_value)
+        return MixedWithValue(self.o_proj(output), sequences.memory(window, result.final_state), first_value)
 
     def _heads(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (self.num_heads, self.head_dim))

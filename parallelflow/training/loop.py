@@ -4,6 +4,7 @@ checkpoint gives what never stopping gives: bit for bit where the device compute
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallelflow.distributed import Context
 from parallelflow.models import ParallelFlowForCausalLM
+from parallelflow.nn import set_context_group
 from parallelflow.training import checkpoint
 from parallelflow.training.recipe import Recipe
 from parallelflow.training.text import EVALUATION, Text
@@ -28,6 +31,7 @@ def train(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    context_group: Any = None,
     report: Report = lambda entry: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> ParallelFlowForCausalLM:
@@ -38,6 +42,9 @@ def train(
 
     Args:
         resume: go on from the newest whole checkpoint in ``folder``; from the start where none has been written yet.
+        context_group: a process group whose ranks share every sequence (see docs/context_parallel.md). All ranks call
+            this, with a folder that all see; the first one writes, and hears ``report``. What is computed does not
+            depend on the number of ranks but for rounding, so another number of them may go on.
         report: hears every line of the log; ``warn`` why a checkpoint is not used.
 
     Raises:
@@ -45,6 +52,8 @@ def train(
         CheckpointError: where there are checkpoints and none is whole.
         FloatingPointError: where the loss or its gradient is not finite.
     """
+    context = None if context_group is None else Context.of(context_group)
+    writes = context is None or context.rank == 0
     checkpoints = folder / "checkpoints"
     found = None
     if any(checkpoints.glob("step-*")):
@@ -61,15 +70,20 @@ def train(
         found.restore(model, optimizer)
         done = found.step
     model.train()
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.jsonl"
-    _cut_log(log, done)
-    with log.open("a", encoding="utf-8") as lines:
+    if context is not None:
+        _expect_same_step(context, done)  # before any of them writes
+        set_context_group(model, context_group)
+    if writes:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _cut_log(folder / "log.jsonl", done)
+    with open(folder / "log.jsonl" if writes else os.devnull, "a", encoding="utf-8") as lines:
         for step in range(done, recipe.steps):
-            entry = _step(model, optimizer, recipe, text, step)
+            entry = _step(model, optimizer, recipe, text, step, context)
             last = entry["step"] == recipe.steps
             if last or entry["step"] % recipe.evaluate_every == 0:
-                entry["held_out_loss"] = evaluate(model, recipe, text)
+                entry["held_out_loss"] = evaluate(model, recipe, text, context)
+            if not writes:
+                continue
             lines.write(json.dumps(entry) + "\n")
             lines.flush()
             if last or entry["step"] % recipe.checkpoint_every == 0:
@@ -81,7 +95,12 @@ def train(
 
 
 def _step(
-    model: ParallelFlowForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe, text: Text, step: int
+    model: ParallelFlowForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    text: Text,
+    step: int,
+    context: Context | None,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     rate = recipe.rate(step)
@@ -89,9 +108,12 @@ def _step(
         group["lr"] = rate
     total = 0.0
     for part in range(recipe.accumulation):
-        loss = _loss(model, text.batch(recipe, step * recipe.accumulation + part), recipe) / recipe.accumulation
+        batch = text.batch(recipe, step * recipe.accumulation + part)
+        loss = _loss(model, batch, recipe, context) / recipe.accumulation
         loss.backward()
         total += loss.item()
+    if context is not None:
+        _average_gradients(model, context)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item()
     if not torch.tensor([total, norm]).isfinite().all():
         raise FloatingPointError(
@@ -111,24 +133,43 @@ def _step(
     }
 
 
-def _loss(model: ParallelFlowForCausalLM, tokens: Tensor, recipe: Recipe) -> Tensor:
-    """Nats a token; logits and their loss in float32."""
+def _loss(model: ParallelFlowForCausalLM, tokens: Tensor, recipe: Recipe, context: Context | None) -> Tensor:
+    """Nats a token; logits and their loss in float32. Over ranks, that of all on each, from its share of the tokens."""
     tokens = tokens.to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        if context is not None:
+            mine = tokens.tensor_split(context.size, 1)[context.rank]
+            return model(mine, labels=mine, use_cache=False).loss
         logits = model(tokens[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
-def evaluate(model: ParallelFlowForCausalLM, recipe: Recipe, text: Text) -> float:
+def evaluate(model: ParallelFlowForCausalLM, recipe: Recipe, text: Text, context: Context | None = None) -> float:
     """Nats a token on the same held-out windows each time."""
     model.eval()
     losses = [
-        _loss(model, text.batch(recipe, EVALUATION + index, held_out=True), recipe).item()
+        _loss(model, text.batch(recipe, EVALUATION + index, held_out=True), recipe, context).item()
         for index in range(recipe.evaluation_batches)
     ]
     model.train()
     return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def _average_gradients(model: nn.Module, context: Context) -> None:
+    """The mean over ranks, which is the whole loss's gradient, in one exchange."""
+    gradients = [x.grad for x in model.parameters() if x.grad is not None]
+    line = context.sum(torch.cat([gradient.flatten() for gradient in gradients]), "the gradients") / context.size
+    for gradient, mean in zip(gradients, line.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _expect_same_step(context: Context, done: int) -> None:
+    """ValueError unless all ranks have found the same checkpoint."""
+    steps = context.gather_objects(done, "the checkpoints that were found")
+    if len(set(steps)) > 1:
+        raise ValueError(f"output: the ranks have found checkpoints of the steps {steps}, expected a folder they share")
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
