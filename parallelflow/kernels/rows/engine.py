@@ -6,6 +6,7 @@ from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
 from parallelflow.kernels.rows.layout import Factor, Layout
 from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, prepare
+from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import pull
 from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
 from parallelflow.problem import Inputs, Traits
@@ -31,23 +32,14 @@ class Rows:
         )
         self.scale = layout.K**-0.5 if traits.scale is None else traits.scale
         self.read = None if inputs.read is None else Factor(inputs.read, inputs.read_coefficient, traits.read_sign)
-        self.source = self.dense(inputs.value, inputs.value_coefficient, traits.value_sign)
-        self.given = self.dense(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
+        self.value = None if inputs.value is None else Factor(inputs.value, inputs.value_coefficient, traits.value_sign)
+        self.lone = None
+        if inputs.lone_value is not None:
+            self.lone = Factor(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
+        self.source, self.given = (
+            None if factor is None else product(factor, layout.value_heads) for factor in (self.value, self.lone)
+        )
         self.initial = None if inputs.initial_state is None else inputs.initial_state.float()
-
-    def dense(self, vector: Tensor | None, coefficient: Tensor | None, sign: int) -> Tensor | None:
-        """A factor's products, in the vectors' dtype."""
-        if vector is None or (coefficient is None and sign == 1):
-            return vector
-        if coefficient is None:
-            return -vector
-        product = self.spread(vector) * self.spread(coefficient if coefficient.ndim == 5 else coefficient.unsqueeze(-1))
-        return (product if sign == 1 else -product).to(vector.dtype).contiguous()
-
-    def spread(self, tensor: Tensor) -> Tensor:
-        """``[B, T, R, heads, D]`` once a value head, in float32."""
-        times = self.layout.value_heads // tensor.shape[3]
-        return tensor.float().repeat_interleave(times, 3) if times > 1 else tensor.float()
 
     def prepare(self) -> Prepared:
         of = self.inputs
@@ -82,43 +74,28 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     pulled = pull(of.query, rows.read, of.write, of.lone_write, of.log_decay, solution, rows.given, d_source, d_output,
                   entries, exits, total, met, layout, chunks, rows.scale)  # fmt: skip
 
-    def gathered(gradient: Tensor, like: Tensor) -> Tensor:
-        """Summed over the value heads that share a head."""
-        heads = like.shape[3]
-        return gradient if gradient.shape[3] == heads else gradient.unflatten(3, (heads, -1)).sum(4)
+    def summed(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None or like is None else gathered(gradient, like.shape[3])
 
-    def pulled_rows(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if gradient is None or like is None else gathered(gradient, like)
+    def pulled_factor(gradient: Tensor | None, factor: Factor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if gradient is None or factor is None else pull_product(gradient, factor)
 
-    def pulled_factor(gradient: Tensor | None, vector: Tensor | None, coefficient: Tensor | None, sign: int,
-                      ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of vector and coefficient, in float32, from that of their product."""
-        if gradient is None or vector is None:
-            return None, None
-        gradient = gradient.float() if sign == 1 else -gradient.float()
-        if coefficient is None:
-            return gathered(gradient, vector), None
-        wide = coefficient if coefficient.ndim == 5 else coefficient.unsqueeze(-1)
-        d_coefficient = gradient * rows.spread(vector)
-        if coefficient.ndim == 4:
-            d_coefficient = d_coefficient.sum(-1, keepdim=True)
-        d_coefficient = gathered(d_coefficient, wide).reshape(coefficient.shape)
-        return gathered(gradient * rows.spread(wide), vector), d_coefficient
-
-    d_read, d_read_coefficient = pulled_factor(pulled.read, of.read, of.read_coefficient, traits.read_sign)
-    d_value, d_value_coefficient = pulled_factor(d_source, of.value, of.value_coefficient, traits.value_sign)
-    d_lone, d_lone_coefficient = pulled_factor(d_given, of.lone_value, of.lone_coefficient, traits.lone_sign)
+    d_read, d_read_coefficient = pulled_factor(pulled.read, rows.read)
+    if pulled.read_coefficient is not None and rows.read is not None:
+        d_read_coefficient = gathered(pulled.read_coefficient, rows.read.coefficient_heads)
+    d_value, d_value_coefficient = pulled_factor(d_source, rows.value)
+    d_lone, d_lone_coefficient = pulled_factor(d_given, rows.lone)
     gradients = Inputs(
-        query=gathered(pulled.query, of.query.unsqueeze(2)).squeeze(2),
-        read=d_read, read_coefficient=d_read_coefficient, write=pulled_rows(pulled.write, of.write),
-        value=d_value, value_coefficient=d_value_coefficient, lone_write=pulled_rows(pulled.lone, of.lone_write),
-        lone_value=d_lone, lone_coefficient=d_lone_coefficient, log_decay=pulled.log_decay, initial_state=d_initial,
+        query=gathered(pulled.query, layout.heads).squeeze(2), read=d_read, read_coefficient=d_read_coefficient,
+        write=summed(pulled.write, of.write), value=d_value, value_coefficient=d_value_coefficient,
+        lone_write=summed(pulled.lone, of.lone_write), lone_value=d_lone, lone_coefficient=d_lone_coefficient,
+        log_decay=pulled.log_decay, initial_state=d_initial,
     )  # fmt: skip
     # A tensor in two slots: added before anything is rounded.
     for one, other in (("read", "write"), ("read_coefficient", "value_coefficient")):
         if getattr(inputs, one) is not None and getattr(inputs, one) is getattr(inputs, other):
-            both = getattr(gradients, one) + getattr(gradients, other)
-            gradients = gradients._replace(**{one: None, other: both})
+            first, second = getattr(gradients, one), getattr(gradients, other)
+            gradients = gradients._replace(**{one: None, other: second if first is None else first + second})
     gradients = gradients.unstacked(inputs)
     return Inputs(*(
         None if gradient is None or given is None else gradient.to(given.dtype).view(given.shape)

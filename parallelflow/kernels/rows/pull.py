@@ -38,11 +38,14 @@ from parallelflow.kernels.rows.prepare import of_factor, sizes
 
 
 class Pulled(NamedTuple):
-    """In float32, once a value head: ``query [B, T, 1, HV, K]``, ``read, write [B, T, R, HV, K]`` (of the read with its
-    coefficient), ``lone [B, T, L, HV, K]``, ``log_decay [B, T, HV(, K)]``."""
+    """Once a value head: ``query [B, T, 1, HV, K]``, ``read, write [B, T, R, HV, K]``, ``lone [B, T, L, HV, K]``, in
+    float32 where value heads are still to be summed, else in the inputs' dtype; ``log_decay [B, T, HV(, K)]`` in
+    float32. ``read`` is that of the read with its coefficient; if reads and writes are tied, ``write`` has all of the vector's,
+    and ``read_coefficient [B, T, R, HV]`` the coefficient's, in float32."""
 
     query: Tensor
     read: Tensor | None
+    read_coefficient: Tensor | None
     write: Tensor | None
     lone: Tensor | None
     log_decay: Tensor | None
@@ -84,7 +87,7 @@ def sums_from_here_on(token, values, STRICT: tl.constexpr, Q: tl.constexpr):
 @triton.jit(do_not_specialize=["time", "per_sequence", "tokens"])
 def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, solution, given, d_source, d_output,
                 entry_states, exit_gradients, total, gram, scores, lone_gram, lone_scores,
-                d_query, d_read, d_write, d_lone, d_log_decay,
+                d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay,
                 table, time, per_sequence, tokens, scale,
                 C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                 M: tl.constexpr, Q: tl.constexpr,
@@ -92,7 +95,7 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
                 BV: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr,
                 SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
                 READ_COEFFICIENT_HEADS: tl.constexpr, READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr,
-                LONE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, PACKED: tl.constexpr,
+                LONE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, TIED: tl.constexpr, PACKED: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """Gradients of one tile of key channels; of a scalar decay that tile's part."""
     tile = tl.program_id(0) % TILES
@@ -241,7 +244,16 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
         store_rows(d_log_decay, exponents, first, length, head, column, Q, 1, HV, K)
     store_rows(d_query, dq * scale, first, length, head, column, Q, 1, HV, K)
     if R > 0:
-        store_rows(d_read, da, first, length, head, column, N, R, HV, K)
+        if TIED:
+            token, place = places(N, R)
+            inside = (token < length) & (place < R)
+            at = ((first + token) * R + place) * READ_COEFFICIENT_HEADS + head // (HV // READ_COEFFICIENT_HEADS)
+            weight = READ_SIGN * tl.load(read_coefficient + at, mask=inside, other=0.0).to(tl.float32)
+            at = ((tile.to(tl.int64) * tokens + first + token) * R + place) * HV + head
+            tl.store(d_read_coefficient + at, READ_SIGN * tl.sum(b * da, 1), mask=inside)
+            db += weight[:, None] * da
+        else:
+            store_rows(d_read, da, first, length, head, column, N, R, HV, K)
         store_rows(d_write, db, first, length, head, column, N, R, HV, K)
     if L > 0:
         store_rows(d_lone, dl, first, length, head, column, M, L, HV, K)
@@ -257,11 +269,20 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     width = max(16, min(triton.next_power_of_2(layout.K), 16 if layout.decay == VECTOR_DECAY else 32))
     tiles = triton.cdiv(layout.K, width)
 
-    def vacant(rows: int) -> Tensor | None:
-        return query.new_empty(batch, time, rows, heads, layout.K, dtype=torch.float32) if rows else None
+    def vacant(rows: int, own: int) -> Tensor:
+        dtype = query.dtype if own == heads else torch.float32
+        return query.new_empty(batch, time, rows, heads, layout.K, dtype=dtype)
 
-    d_query, d_read, d_write, d_lone = vacant(1), vacant(R), vacant(R), vacant(L)
-    assert d_query is not None
+    tied = read is not None and read.vector is write and read.kind == 1
+    d_query, d_read, d_read_coefficient, d_write, d_lone = vacant(1, layout.heads), None, None, None, None
+    if read is not None and write is not None:
+        d_write = vacant(R, write.shape[-2])
+        if tied:
+            d_read_coefficient = query.new_empty(tiles, batch, time, R, heads, dtype=torch.float32)
+        else:
+            d_read = vacant(R, heads if read.kind == 0 and read.sign == 1 and read.heads == heads else 0)
+    if lone_write is not None:
+        d_lone = vacant(L, lone_write.shape[-2])
     d_log_decay = None
     if layout.decay != NO_DECAY:
         shape = (1, batch, time, heads, layout.K) if layout.decay == VECTOR_DECAY else (tiles, batch, time, heads)
@@ -274,10 +295,13 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
             SEQUENTIAL=layout.sequential, **of_factor("READ", read),
             WRITE_HEADS=1 if write is None else write.shape[-2],
             LONE_HEADS=1 if lone_write is None else lone_write.shape[-2],
-            GIVEN_HEADS=1 if given is None else given.shape[-2], PACKED=chunks.packed,
+            GIVEN_HEADS=1 if given is None else given.shape[-2], TIED=tied, PACKED=chunks.packed,
             PRECISION=float32_precision(query.device), num_warps=4, num_stages=1)  # fmt: skip
         vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
         launch(count, query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output,
-               entry_states, exit_gradients, total, *pairs, d_query, d_read, d_write, d_lone, d_log_decay,
-               chunks.table, chunks.time, chunks.per_sequence, batch * time, scale)  # fmt: skip
-    return Pulled(d_query, d_read, d_write, d_lone, None if d_log_decay is None else d_log_decay.sum(0))
+               entry_states, exit_gradients, total, *pairs, d_query, d_read, d_read_coefficient, d_write, d_lone,
+               d_log_decay, chunks.table, chunks.time, chunks.per_sequence, batch * time, scale)  # fmt: skip
+    if d_read_coefficient is not None:
+        d_read_coefficient = d_read_coefficient.sum(0)
+    d_log_decay = None if d_log_decay is None else d_log_decay.sum(0)
+    return Pulled(d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay)
