@@ -38,7 +38,7 @@ BATCH_INVARIANT = True  # the mode that is measured: the same bits in any batch,
 
 
 class Problem(NamedTuple):
-    """One model at one size; K = V = 128, one row a token."""
+    """One model at one size."""
 
     op: str
     batch: int
@@ -51,16 +51,25 @@ class Problem(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        return self.op in ("gated_delta_rule", "delta_rule")
+        return self.op not in ("ssd", "retention", "linear_attention", "gated_linear_attention")
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether the decay is one a key channel."""
+        return self.op in ("kimi_delta_attention", "gated_linear_attention", "rwkv7")
 
     def work(self) -> tuple[float, float]:
         """The fewest bytes and operations of the forward pass: each input read and each output written once; the
         products of a chunked form with chunks of 64."""
         tokens, values = self.batch * self.time, self.value_heads * self.value_dim
         keys = 2 * self.key_heads * self.key_dim
-        size = 2 * tokens * (keys + 2 * values) + 8 * tokens * self.value_heads
+        keys += 2 * self.key_heads * self.key_dim * (self.op == "rwkv7")
+        keys += (self.rank - 1) * self.key_heads * self.key_dim
+        size = 2 * tokens * (keys + (1 + self.rank) * values) + 8 * tokens * self.value_heads * self.rank
+        size += 4 * tokens * self.value_heads * self.key_dim * self.channelwise
         state = 2 * self.key_dim * self.value_dim
-        chain = (3 if self.reads else 2) * state + (2 if self.reads else 1) * 2 * CHUNK * self.value_dim
+        rows = self.rank * (3 if self.reads else 2) - (self.rank - 1)  # the queries' product comes once
+        chain = rows * state + self.rank * (2 if self.reads else 1) * 2 * CHUNK * self.value_dim
         return size, tokens * (self.value_heads * chain + (2 if self.reads else 1) * 2 * CHUNK * keys / 2)
 
 
@@ -72,6 +81,12 @@ PROBLEMS = [
     Problem("ssd", 4, 4096, 16, 16),
     Problem("retention", 4, 4096, 16, 16),
     Problem("linear_attention", 4, 4096, 16, 16),
+    Problem("kimi_delta_attention", 4, 4096, 16, 16),
+    Problem("gated_linear_attention", 4, 4096, 16, 16),
+    Problem("rwkv7", 4, 4096, 32, 32, 64, 64),
+    Problem("delta_product", 4, 4096, 16, 16, rank=2),
+    Problem("delta_product", 4, 4096, 16, 16, rank=4),
+    Problem("low_rank_flow", 4, 4096, 16, 16, rank=2),
     Problem("gated_delta_rule", 1, 32768, 2, 8),
     Problem("gated_delta_rule", 1, 32768, 4, 16),
     Problem("gated_delta_rule", 1, 32768, 8, 32),
@@ -84,7 +99,7 @@ PROBLEMS = [
 
 def draw(problem: Problem) -> dict[str, Tensor]:
     """bfloat16 inputs with unit queries and keys, beta in (0, 1), decays mostly mild; float32 beta and decay."""
-    _, b, t, h, hv, k, v, _ = problem
+    op, b, t, h, hv, k, v, rank = problem
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -96,10 +111,21 @@ def draw(problem: Problem) -> dict[str, Tensor]:
         "key": unit(normal(b, t, h, k), dim=-1).bfloat16(),
         "value": normal(b, t, hv, v).bfloat16(),
     }
-    if problem.reads:
+    if op in ("delta_product", "low_rank_flow"):
+        inputs["key"] = unit(normal(b, t, rank, h, k), dim=-1).bfloat16()
+        inputs["value"] = normal(b, t, rank, hv, v).bfloat16()
+    if op == "rwkv7":  # in-context rates in (0, 1), as the published layer has them
+        removed = unit(normal(b, t, h, k), dim=-1)
+        inputs |= {"read": (-removed).bfloat16(), "write": (removed * normal(b, t, h, k).sigmoid()).bfloat16()}
+    elif op == "low_rank_flow":
+        inputs |= {"read": -inputs["key"] / rank, "write": inputs.pop("key")}
+    elif op == "delta_product":
+        inputs["beta"] = normal(b, t, rank, hv).sigmoid()
+    elif problem.reads:
         inputs["beta"] = normal(b, t, hv).sigmoid()
-    if problem.op in ("gated_delta_rule", "ssd"):
-        inputs["log_decay"] = torch.nn.functional.logsigmoid(normal(b, t, hv) + 3)
+    if op in ("gated_delta_rule", "ssd") or problem.channelwise:
+        shape = (b, t, hv, k) if problem.channelwise else (b, t, hv)
+        inputs["log_decay"] = torch.nn.functional.logsigmoid(normal(*shape) + 3)
     return inputs
 
 
@@ -125,12 +151,29 @@ def ours(problem: Problem, backend: str = "auto") -> Callable[..., Tensor]:
     return call
 
 
-def peer(problem: Problem) -> Callable[..., Tensor]:
-    """flash-linear-attention's function for the problem, in this library's names."""
+def peer(problem: Problem) -> Callable[..., Tensor] | None:
+    """flash-linear-attention's function for the problem, in this library's names; None where it has none."""
+    if problem.op == "low_rank_flow":
+        return None
     from fla import ops  # type: ignore[import-not-found]
+    from fla.ops.gated_delta_product import chunk_gated_delta_product  # type: ignore[import-not-found]
 
-    def call(query: Tensor, key: Tensor, value: Tensor, beta: Any = None, log_decay: Any = None) -> Tensor:
-        vectors = {"q": query, "k": key, "v": value, "scale": problem.key_dim**-0.5}
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, beta: Any = None, log_decay: Any = None, read: Any = None,
+        write: Any = None,
+    ) -> Tensor:  # fmt: skip
+        scale = problem.key_dim**-0.5
+        if problem.op == "rwkv7":
+            return ops.chunk_rwkv7(query, log_decay, key, value, read, write, scale=scale)[0]
+        if problem.op == "delta_product":  # its rows lie one after another in time
+            key, value = (tensor.flatten(1, 2) for tensor in (key, value))
+            rows = {"g": log_decay, "beta": beta.flatten(1, 2), "num_householder": problem.rank}
+            return chunk_gated_delta_product(query, key, value, scale=scale, **rows)[0]
+        vectors = {"q": query, "k": key, "v": value, "scale": scale}
+        if problem.op == "kimi_delta_attention":
+            return ops.chunk_kda(**vectors, g=log_decay, beta=beta)[0]
+        if problem.op == "gated_linear_attention":
+            return ops.chunk_gla(**vectors, g=log_decay)[0]
         if problem.op == "gated_delta_rule":
             return ops.chunk_gated_delta_rule(**vectors, g=log_decay, beta=beta)[0]
         if problem.op == "delta_rule":
@@ -218,7 +261,8 @@ def measure(problem: Problem, library: str, wait: Callable[[], None]) -> report.
     call = LIBRARIES[library][1](problem)
     assert call is not None
     inputs = draw(problem)
-    cotangent = torch.randn_like(inputs["value"])
+    values = inputs["value"]
+    cotangent = torch.randn_like(values if values.ndim == 4 else values[:, :, 0])
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
     def both() -> tuple[Tensor, ...]:
@@ -346,6 +390,7 @@ def main() -> None:
         if (arguments.op is None or problem.op in arguments.op)
         and (arguments.time is None or problem.time in arguments.time)
         and (library != "flash_qla" or problem.op == "gated_delta_rule")
+        and (library != "fla" or problem.op != "low_rank_flow")
     ]
     card = torch.cuda.get_device_name()
     path = arguments.out or report.RESULTS / f"{card.removeprefix('NVIDIA ').lower().replace(' ', '-')}.json"

@@ -79,6 +79,8 @@ def gpu_table(result: Result) -> str:
     for problem, rows in problems(result).items():
         shape = dict(zip(PROBLEM, problem, strict=True))
         title = f"`{shape['op']}` {shape['batch']}×{shape['time']}, {shape['key_heads']}/{shape['value_heads']}"
+        title += "" if shape["key_dim"] == 128 else f" of {shape['key_dim']}"
+        title += "" if shape["rank"] == 1 else f", R = {shape['rank']}"
         ours = rows.get(OURS)
         for library in (name for name in NAMES if name in rows):
             row = rows[library]
@@ -92,8 +94,8 @@ def gpu_table(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     ceilings = result["ceilings"]
     note = (
-        f"One {result['card']}, bfloat16, K = V = 128, {versions}; copy {ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 "
-        f"matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. × is a library's time over ParallelFlow's."
+        f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions}; copy "
+        f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. × is a library's time over ParallelFlow's."
     )
     modes = {row.get("batch_invariant") for row in result["rows"] if row["library"] == OURS}
     if modes == {True}:

@@ -1,9 +1,13 @@
-"""What all tests share: one thread a process, and examples that are the same in every run."""
+"""What all tests share: one thread a process, examples that are the same in every run, and, without a GPU, Triton's
+interpreter, which has to be chosen before anything imports Triton (the language's own functions are defined then)."""
 
 import os
 
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the tests run in parallel processes, and small shapes gain nothing from threads
 

@@ -1,16 +1,11 @@
-"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are defined.
+"""Without a GPU the kernels run in Triton's interpreter (``tests/conftest.py`` chooses it).
 
 Four gaps of the interpreter of Triton 3.6 are filled here: it counts loops in a way that NumPy 2.4 refuses, it
 multiplies the bit patterns of bfloat16 numbers, it cuts off where a GPU rounds to the nearest bfloat16, and what it
 changes in ``triton.language`` for a function that a kernel calls stays changed, which later breaks compilations.
 """
 
-import os
-
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _mend_interpreter() -> None:

@@ -92,6 +92,9 @@ def state_role(
         state = gl.zeros([64, K], gl.float32, state_layout)
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
     value = unpack(value_tiles.index(0).reshape([64, 64]).permute((1, 0)).load(token_layout))
+    if FLOW and SOLVE:
+        valued = gl.arange(0, 64, gl.SliceLayout(0, token_layout))[None, :] + unit < 0
+        value = gl.where(valued, value, 0.0)
     from_start = from_start_tiles.index(0).load(along_tokens)
     to_end = to_end_tiles.index(0).load(along_tokens)
     total = from_start_tiles.index(0).slice(63, 1).load(gl.SliceLayout(1, state_layout))
@@ -125,6 +128,8 @@ def state_role(
         following = (i + 1) % STAGES
         mbarrier.wait(ready.index(following), ((i + 1) // STAGES) & 1, pred=i + 1 < count)
         value = unpack(value_tiles.index(following).reshape([64, 64]).permute((1, 0)).load(token_layout))
+        if FLOW and SOLVE:
+            value = gl.where(valued, value, 0.0)
         from_start = from_start_tiles.index(following).load(along_tokens)
         to_end = to_end_tiles.index(following).load(along_tokens)
         total = from_start_tiles.index(following).slice(63, 1).load(gl.SliceLayout(1, state_layout))
@@ -243,7 +248,9 @@ def forward_kernel(
     column = head * value_dim + first_column
     unit = first_column - value_dim  # the column of the identity that this program begins with, if it is one
     if FLOW and SOLVE:
-        column = gl.where(unit >= 0, heads * value_dim, column)
+        # A program of the identity has no values: it loads its head's first, and leaves them out. (A copy from beyond
+        # the last column would give zeros, but touches memory that need not be mapped.)
+        column = gl.where(unit >= 0, head * value_dim, column)
         count = gl.where((unit >= 0) & (begun >= 0), 0, count)
 
     HAND: gl.constexpr = OUTPUT or SAVE

@@ -40,8 +40,8 @@ from parallelflow.kernels.rows.prepare import of_factor, sizes
 class Pulled(NamedTuple):
     """Once a value head: ``query [B, T, 1, HV, K]``, ``read, write [B, T, R, HV, K]``, ``lone [B, T, L, HV, K]``, in
     float32 where value heads are still to be summed, else in the inputs' dtype; ``log_decay [B, T, HV(, K)]`` in
-    float32. ``read`` is that of the read with its coefficient; if reads and writes are tied, ``write`` has all of the vector's,
-    and ``read_coefficient [B, T, R, HV]`` the coefficient's, in float32."""
+    float32. ``read`` is that of the read with its coefficient; if reads and writes are tied, ``write`` has all of the
+    vector's, and ``read_coefficient [B, T, R, HV]`` the coefficient's, in float32."""
 
     query: Tensor
     read: Tensor | None
