@@ -95,7 +95,8 @@ def gpu_table(result: Result) -> str:
     ceilings = result["ceilings"]
     note = (
         f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions}; copy "
-        f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. × is a library's time over ParallelFlow's."
+        f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. "
+        "× is a library's time over ParallelFlow's."
     )
     modes = {row.get("batch_invariant") for row in result["rows"] if row["library"] == OURS}
     if modes == {True}:

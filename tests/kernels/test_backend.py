@@ -78,12 +78,8 @@ def test_choices_that_kernels_do_not_have_are_refused(change, why):
         pf.gated_delta_rule(q, k, v, b, g, backend="triton", **change)
 
 
-def test_rows_that_kernels_do_not_have_are_refused():
+def test_what_kernels_do_not_have_is_refused():
     q, k, v, b, g, s = draw(value_heads=1)
-    with pytest.raises(ValueError, match=r"backend: got 'triton' with a decay a key channel"):
-        pf.gated_linear_attention(q, k, v, g.unsqueeze(-1).expand(-1, -1, -1, 16), backend="triton")
-    with pytest.raises(ValueError, match=r"backend: got 'triton' with raw reads"):
-        pf.comba(q, k, v, b, g, removal_key=k, backend="triton")
     with pytest.raises(ValueError, match=r"backend: got 'triton' with dtype torch.float64"):
         pf.delta_rule(q.double(), k.double(), v.double(), b, backend="triton")
 
@@ -110,8 +106,8 @@ def test_a_forced_backend_serves_one_token_or_refuses():
     assert calls
     for got, want in ((output, expected), (final, after)):
         assert (got - want).norm() <= 1e-6 * want.norm()
-    with pytest.raises(ValueError, match=r"backend: got 'triton' with raw reads"):
-        pf.comba(q, k, v, b, g, removal_key=k, backend="triton")
+    with pytest.raises(ValueError, match=r"backend: got 'triton' with dtype torch.float64"):
+        pf.delta_rule(q.double(), k.double(), v.double(), b, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +119,10 @@ def test_auto_takes_the_fastest_tier(fits, capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     query = SimpleNamespace(device=torch.device("cuda"), numel=lambda: 1)
-    assert kernel_backend.fastest(Inputs(query=query)) == expected
+    monkeypatch.setattr(kernel_backend, "_beyond_the_delta_rule", lambda inputs, traits: None)
+    assert kernel_backend.fastest(Inputs(query=query), None) == expected
+    monkeypatch.setattr(kernel_backend, "_beyond_the_delta_rule", lambda inputs, traits: "another row")
+    assert kernel_backend.fastest(Inputs(query=query), None) == ("triton" if expected == "hopper" else expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the choice is made on a GPU")

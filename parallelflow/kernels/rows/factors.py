@@ -134,3 +134,11 @@ def token_sums(log_decay, first, length, head, ROWS: tl.constexpr, COUNT: tl.con
         sums -= tl.maximum(own, -800.0) * LOG2_E
     high = sums.to(tl.float32)
     return high, (sums - high.to(tl.float64)).to(tl.float32), end
+
+
+@triton.jit
+def to_end(end, high, low):
+    """e^{end - sum}, from the sum of all decays in float64 and the sums up to each row as two float32 numbers."""
+    end_high = end.to(tl.float32)
+    end_low = (end - end_high.to(tl.float64)).to(tl.float32)
+    return tl.exp2((end_high - high) + (end_low - low))

@@ -30,6 +30,7 @@ from parallelflow.kernels.rows.factors import (
     places,
     store_rows,
     to_boundary,
+    to_end,
     token_sums,
 )
 from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout
@@ -148,9 +149,9 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
             q *= tl.exp2(q_high)[:, None]
             if R > 0:
                 a *= tl.exp2(a_high)[:, None]
-                b *= tl.exp2((end.to(tl.float32) - b_high) - b_low)[:, None]
+                b *= to_end(end, b_high, b_low)[:, None]
             if L > 0:
-                w *= tl.exp2((end.to(tl.float32) - l_high) - l_low)[:, None]
+                w *= to_end(end, l_high, l_low)[:, None]
         if DECAY == 2:
             tl.store(total + flat * K + column, tl.exp2(tl.sum(q_decays, 0)), mask=column < K)
             q_factor = from_boundary(q_decays, C, 1, False)

@@ -30,6 +30,7 @@ from parallelflow.kernels.rows.factors import (
     places,
     store_rows,
     to_boundary,
+    to_end,
     token_sums,
 )
 from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout
@@ -151,11 +152,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
             a_high, a_low, end = token_sums(log_decay, first, length, head, N, R, RAW, HV)
             b_high, b_low, end = token_sums(log_decay, first, length, head, N, R, False, HV)
             da *= tl.exp2(a_high)[:, None]
-            db *= tl.exp2((end.to(tl.float32) - b_high) - b_low)[:, None]
+            db *= to_end(end, b_high, b_low)[:, None]
             ends += tl.sum(b * db, 0)
         if L > 0:
             l_high, l_low, end = token_sums(log_decay, first, length, head, M, L, False, HV)
-            dl *= tl.exp2((end.to(tl.float32) - l_high) - l_low)[:, None]
+            dl *= to_end(end, l_high, l_low)[:, None]
             ends += tl.sum(w * dl, 0)
     if DECAY == 2:
         q_decays = load_channel_decays(log_decay, first, length, head, column, 0, Q, 1, HV, K)

@@ -1,0 +1,129 @@
+"""Rows of every kind on the portable kernels: output, final state and all gradients against float64, packed or not."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import parallelflow as pf
+from parallelflow.kernels.rows import engine
+from parallelflow.testing import Sizes, relative_error
+from tests.cases import MODELS, by_name, gradients, require_grad
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SERVED = {
+    "gated_linear_attention", "gated_delta_rule_2", "kimi_delta_attention", "comba", "delta_product-2-none",
+    "delta_product-3-scalar", "rwkv7", "low_rank_flow-1-simultaneous-none-decayed",
+    "low_rank_flow-2-simultaneous-vector-raw", "low_rank_flow-2-sequential-scalar-decayed",
+    "low_rank_flow-4-sequential-vector-decayed", "low_rank_flow-4-simultaneous-scalar-raw",
+}  # fmt: skip
+ROWS = [model for model in MODELS if model.name in SERVED]
+assert len(ROWS) == len(SERVED)
+
+
+def run(model, inputs, state, backend, **options):
+    tensors = require_grad({**inputs, "initial_state": state})
+    result = model(tensors, return_final_state=True, backend=backend, **options)
+    grads = gradients([result.output, result.final_state], tensors)
+    return {"output": result.output.detach(), "state": result.final_state.detach(), **grads}
+
+
+def compare(model, sizes, dtype, *, starts=None, change=None):
+    """Errors of the kernels at most twice those of rounding (16 bits) or of the plain float32 engine."""
+    inputs = model.inputs(sizes)
+    if change is not None:
+        change(inputs)
+    vectors = {name: x.to(dtype) if x.ndim > 3 and name != "log_decay" else x.float() for name, x in inputs.items()}
+    vectors = {name: x.to(DEVICE) for name, x in vectors.items()}
+    count = sizes.batch if starts is None else len(starts) - 1
+    shape = (count, sizes.value_heads, sizes.key_size, model.state_value_size(sizes.value_size))
+    state = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 3).to(DEVICE)
+    options = {} if starts is None else {"cu_seqlens": torch.tensor(starts, device=DEVICE)}
+    found = run(model, vectors, state, "triton", **options)
+    again = run(model, vectors, state, "triton", **options)
+    wide = {name: x.double() for name, x in vectors.items()}
+    exact = run(model, wide, state.double(), "torch", **options)
+    plain = run(model, {name: x.float() for name, x in vectors.items()}, state, "torch", **options)
+    # A rounding of every input and of every output; the tensor cores' operands are rounded too.
+    unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[dtype]
+    for name, expected in exact.items():
+        assert torch.equal(found[name], again[name]), f"{name}: other bits in a second run"
+        error = relative_error(found[name], expected)
+        allowed = 2 * max(relative_error(plain[name], expected), (4 if dtype is torch.float32 else 3) * unit)
+        assert error <= allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("model", ROWS, ids=by_name)
+def test_float32(model):
+    compare(model, Sizes(2, 37, 1, 2, 20, 18, model.rows), torch.float32)
+
+
+@pytest.mark.parametrize("model", ROWS, ids=by_name)
+def test_packed(model):
+    compare(model, Sizes(1, 40, 1, 2, 16, 16, model.rows), torch.float32, starts=[0, 21, 21, 40])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "delta_product-3-scalar"])
+def test_sixteen_bits(name, dtype):
+    model = next(model for model in ROWS if model.name == name)
+    compare(model, Sizes(1, 70, 1, 2, 32, 32, model.rows), dtype)
+
+
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "gated_linear_attention", "rwkv7", "comba"])
+def test_decays_of_every_strength(name):
+    model = next(model for model in ROWS if model.name == name)
+
+    def change(inputs):
+        decay = inputs["log_decay"]
+        choice = torch.randint(0, 5, decay.shape, generator=torch.Generator().manual_seed(2))
+        for place, value in enumerate((-100.0, -1e-6, 0.0)):
+            decay.masked_fill_(choice == place, value)
+
+    compare(model, Sizes(1, 70, 1, 1, 16, 16, model.rows), torch.float32, change=change)
+
+
+def test_resets():
+    model = next(model for model in ROWS if model.name == "kimi_delta_attention")
+
+    def change(inputs):
+        inputs["log_decay"][:, 17] = -torch.inf
+
+    inputs = model.inputs(Sizes(1, 40, 1, 1, 16, 16, 1))
+    change(inputs)
+    inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
+    whole = model(inputs, backend="triton").output
+    after = model({name: x[:, 17:] for name, x in inputs.items()}, backend="triton").output
+    assert relative_error(whole[:, 17:], after.double()) <= 2e-6
+
+
+def test_large_heads():
+    model = next(model for model in ROWS if model.name == "delta_product-2-none")
+    compare(model, Sizes(1, 20, 1, 1, 160, 200, 2), torch.float32)
+
+
+def test_sixteen_rows_and_no_more():
+    def call(rows, backend):
+        draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(rows)).to(DEVICE)  # noqa: E731
+        key = torch.nn.functional.normalize(draw(1, 9, rows, 1, 16), dim=-1)
+        return pf.low_rank_flow(draw(1, 9, 1, 16).requires_grad_(), draw(1, 9, rows, 1, 16), read=-key / rows, write=key,
+                                backend=backend).output  # fmt: skip
+
+    assert relative_error(call(16, "triton").detach(), call(16, "torch").detach().double()) <= 1e-5
+    with pytest.raises(ValueError, match="backend: got 'triton' with 17 rows a token, expected at most 16"):
+        call(17, "triton")
+
+
+def test_sequential_rows_that_only_write_are_refused():
+    key = torch.randn(1, 5, 1, 16, device=DEVICE)
+    rows = (pf.Row(read=pf.Factor(key, sign=-1), write=key, value=pf.Factor(key)), pf.Row(key, value=pf.Factor(key)))
+    driver = pf.LowRankDriver(rows=rows, order="sequential")
+    with pytest.raises(ValueError, match="backend: got 'triton' with sequential rows of which some only write"):
+        pf.integrate(driver, key.requires_grad_(), backend="triton")
+
+
+def test_the_delta_rule_has_kernels_of_its_own(monkeypatch):
+    monkeypatch.setattr(engine, "forward", lambda *a: pytest.fail("the general kernels were taken"))
+    key = torch.nn.functional.normalize(torch.randn(1, 70, 1, 16, device=DEVICE), dim=-1)
+    beta = torch.rand(1, 70, 1, device=DEVICE)
+    assert pf.delta_rule(key.requires_grad_(), key, key, beta, backend="triton").output.shape == key.shape
