@@ -9,6 +9,7 @@ from parallelflow.distributed.call import FINAL_STATE_ON, check, run
 from parallelflow.distributed.context import Context, ContextGroupError
 from parallelflow.distributed.past import Surroundings, past_inputs
 from parallelflow.distributed.shards import even_lengths
+from parallelflow.distributed.tokens import gather_tokens
 
 __all__ = [
     "FINAL_STATE_ON",
@@ -17,6 +18,7 @@ __all__ = [
     "Surroundings",
     "check",
     "even_lengths",
+    "gather_tokens",
     "lengths_of",
     "past_inputs",
     "refuse",

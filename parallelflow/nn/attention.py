@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from parallelflow.checks import expect_positive_integer
 from parallelflow.nn.layer import Layer, Mixed, Sequences
@@ -34,7 +35,8 @@ class SoftmaxAttention(Layer):
         rope_theta: the base of the rotary angles.
 
     Computed by PyTorch's ``scaled_dot_product_attention``. Positions count each sequence's own tokens, so padding does
-    not shift them.
+    not shift them. Over ranks (``set_context_group``) the keys and values of all come to each, which needs room for the
+    whole line; sequences side by side only, without a memory.
     Source: Vaswani et al. 2017, arXiv 1706.03762; rotary positions Su et al. 2021, arXiv 2104.09864; names of
     flash-linear-attention's ``Attention``.
     """
@@ -65,23 +67,19 @@ class SoftmaxAttention(Layer):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def mix(self, hidden_states: Tensor, memory: KeysAndValues | None, sequences: Sequences) -> Mixed:
-        if sequences.context_group is not None:
-            raise ValueError(
-                "context_group: got one with softmax attention, which keeps all keys and values; expected layers whose "
-                "state has a constant size"
-            )
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        regular = sequences.cu_seqlens is None and (memory is None or memory.lengths is None)
-        attend = self._regular if regular else self._ragged
+        alone = sequences.context_group is None
+        regular = alone and sequences.cu_seqlens is None and (memory is None or memory.lengths is None)
+        attend = self._regular if regular else self._ragged if alone else self._over_ranks
         output, memory = attend(query, key, value, memory, sequences)
         return Mixed(self.o_proj(output.flatten(-2)), memory)
 
     def _regular(
         self, query: Tensor, key: Tensor, value: Tensor, memory: KeysAndValues | None, _: Sequences
-    ) -> tuple[Tensor, KeysAndValues]:
+    ) -> tuple[Tensor, KeysAndValues | None]:
         """Sequences of one length."""
         time, past = query.shape[1], 0 if memory is None else memory.key.shape[1]
         positions = torch.arange(past, past + time, device=query.device)
@@ -93,9 +91,32 @@ class SoftmaxAttention(Layer):
             mask = torch.arange(past + time, device=query.device) <= positions[:, None]
         return self._softmax(query, key, value, mask, past == 0), KeysAndValues(key, value, None)
 
+    def _over_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, memory: KeysAndValues | None, sequences: Sequences
+    ) -> tuple[Tensor, KeysAndValues | None]:
+        """Sequences of one length that are cut over ranks: the keys and values of all ranks come to each."""
+        from parallelflow.distributed import Context, gather_tokens
+
+        if memory is not None or sequences.cu_seqlens is not None:
+            what = "packed sequences" if memory is None else "a memory"
+            raise ValueError(f"context_group: got one with softmax attention and {what}, expected neither")
+        context, lengths = Context.of(sequences.context_group), sequences.context_lengths
+        assert lengths is not None
+        past, time = sum(lengths[: context.rank]), query.shape[1]
+        positions = torch.arange(past, past + time, device=query.device)
+        query, key = rotate(query, positions, self.rope_theta), rotate(key, positions, self.rope_theta)
+        both = gather_tokens(torch.cat([key, value], -1), context, lengths)
+        keys, values = both.split([self.head_dim, self.head_dim], -1)
+        memory = KeysAndValues(keys, values, None) if context.rank == context.size - 1 else None
+        if not time:
+            return query + 0 * both.sum(), memory  # its backward pass sends what others wait for
+        seen = slice(0, past + time)
+        mask = causal_lower_right(time, past + time)
+        return self._softmax(query, keys[:, seen], values[:, seen], mask, False), memory
+
     def _ragged(
         self, query: Tensor, key: Tensor, value: Tensor, memory: KeysAndValues | None, sequences: Sequences
-    ) -> tuple[Tensor, KeysAndValues]:
+    ) -> tuple[Tensor, KeysAndValues | None]:
         """Sequences of several lengths: each has its own rows, the new ones after those of the memory."""
         packed, device = sequences.cu_seqlens is not None, query.device
         if packed:

@@ -13,7 +13,6 @@ from parallelflow.nn.convolution import short_convolution, token_shift
 from tests.cases import assert_close
 from tests.distributed.cases import edges_of, weights
 
-KINDS = [kind for kind in LAYERS if kind != "softmax_attention"]
 LENGTHS = {1: [17], 3: [7, 0, 10], 4: [1, 2, 8, 6], 7: [2, 1, 0, 1, 9, 3, 1]}
 STARTS = [0, 0, 1, 8, 12, 12, 17]
 WIDTH = 4
@@ -50,8 +49,10 @@ def layer_on_rank(group, kind, values, inputs, starts, lengths, memory):
     return mixed.output.detach(), hidden_states.grad, there, mixed.memory is not None
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, packed) for kind in LAYERS for packed in (False, True) if not (packed and kind == "softmax_attention")]
+
+
+@pytest.mark.parametrize(("kind", "packed"), CASES, ids=lambda value: value if isinstance(value, str) else str(value))
 def test_layers(ranks, kind, packed):
     """Output, gradients of the hidden states and (summed over ranks) of the parameters; memory in and out."""
     torch.manual_seed(0)
@@ -59,7 +60,7 @@ def test_layers(ranks, kind, packed):
     values = {name: nn.init.normal_(x, std=0.3).detach().clone() for name, x in layer.named_parameters()}
     inputs = torch.randn(1 if packed else 2, 17, 16, dtype=torch.float64)
     memory = None
-    if not packed:
+    if not packed and kind != "softmax_attention":
         with torch.no_grad():
             memory = layer(torch.randn(2, 5, 16, dtype=torch.float64)).memory
     hidden_states = inputs.clone().requires_grad_()
@@ -105,16 +106,18 @@ def test_what_looks_back_sees_the_ranks_before(ranks, size, starts):
         assert_close(torch.cat([each[place] for each in found], 1), whole, 1e-13)
 
 
-def attention_on_rank(group):
+def attention_on_rank(group, wrong):
     layer = SoftmaxAttention(8, num_heads=2)
     set_context_group(layer, group)
-    layer(torch.randn(1, 3, 8))
+    layer(torch.randn(1, 3, 8), **wrong)
 
 
-def test_softmax_attention_says_that_it_does_not(ranks):
-    for answer, error in ranks.answers(2, attention_on_rank):
+@pytest.mark.parametrize("what", ["packed sequences", "a memory"])
+def test_softmax_attention_says_what_it_does_not(ranks, what):
+    wrong = {"cu_seqlens": torch.tensor([0, 6])} if what == "packed sequences" else {"memory": (1, 2, 3)}
+    for answer, error in ranks.answers(2, attention_on_rank, wrong):
         assert error is not None
-        assert "context_group: got one with softmax attention" in answer
+        assert f"context_group: got one with softmax attention and {what}" in answer
 
 
 def compiled_on_rank(group, kind, values, inputs, lengths):
