@@ -174,20 +174,8 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
             w_decays = load_channel_decays(log_decay, first, length, head, column, 1, M, L, HV, K)
             dl *= b_factor if R == L else to_boundary(w_decays, C, L)
             ends += tl.sum(w * dl, 0)
-    # through the pairs
+    # through the pairs of different tokens
     if DECAY == 2:
-        if R > 0:
-            own = meets(p, q_token[:, None] == n_token[None, :])
-            dq = onto(dq, own, b, PRECISION)
-            db = onto(db, tl.trans(own), q, PRECISION)
-            if SEQUENTIAL:
-                own = meets(g, n_token[:, None] == n_token[None, :])
-                da = onto(da, own, b, PRECISION)
-                db = onto(db, tl.trans(own), a, PRECISION)
-        if L > 0:
-            own = meets(p_lone, q_token[:, None] == m_token[None, :])
-            dq = onto(dq, own, w, PRECISION)
-            dl = onto(dl, tl.trans(own), q, PRECISION)
         for level in tl.static_range(LEVELS):
             q_factor = from_boundary(q_decays, 1 << level, 1, False)
             q_sums = tl.zeros([Q, BK], tl.float32)
@@ -216,16 +204,23 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
                 da += a_factor * a_sums
     else:
         if R > 0:
-            dq = onto(dq, p, b, PRECISION)
-            da = onto(da, g, b, PRECISION)
-            db = onto(db, tl.trans(g), a, PRECISION)
-            db = onto(db, tl.trans(p), q, PRECISION)
+            asked = meets(p, q_token[:, None] != n_token[None, :])
+            here = g
+            if SEQUENTIAL:
+                here = meets(g, n_token[:, None] != n_token[None, :])
+            dq = onto(dq, asked, b, PRECISION)
+            da = onto(da, here, b, PRECISION)
+            db = onto(db, tl.trans(here), a, PRECISION)
+            db = onto(db, tl.trans(asked), q, PRECISION)
         if L > 0:
-            dq = onto(dq, p_lone, w, PRECISION)
-            dl = onto(dl, tl.trans(p_lone), q, PRECISION)
+            asked = meets(p_lone, q_token[:, None] != m_token[None, :])
+            dq = onto(dq, asked, w, PRECISION)
+            dl = onto(dl, tl.trans(asked), q, PRECISION)
             if R > 0:
                 da = onto(da, g_lone, w, PRECISION)
                 dl = onto(dl, tl.trans(g_lone), a, PRECISION)
+    # Decays do not come between pairs of one token: those are added last, for in the decays' gradients they would
+    # cancel, and leave their rounding.
     if DECAY == 1:
         sums = sums_from_here_on(q_token, tl.sum(q * dq, 1), False, Q) + tl.sum(ends, 0)
         if R > 0:
@@ -243,6 +238,18 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
         if L > 0:
             exponents -= from_here_on(m_token, w * dl, False, Q, PRECISION)
         store_rows(d_log_decay, exponents, first, length, head, column, Q, 1, HV, K)
+    if R > 0:
+        own = meets(p, q_token[:, None] == n_token[None, :])
+        dq = onto(dq, own, b, PRECISION)
+        db = onto(db, tl.trans(own), q, PRECISION)
+        if SEQUENTIAL:
+            own = meets(g, n_token[:, None] == n_token[None, :])
+            da = onto(da, own, b, PRECISION)
+            db = onto(db, tl.trans(own), a, PRECISION)
+    if L > 0:
+        own = meets(p_lone, q_token[:, None] == m_token[None, :])
+        dq = onto(dq, own, w, PRECISION)
+        dl = onto(dl, tl.trans(own), q, PRECISION)
     store_rows(d_query, dq * scale, first, length, head, column, Q, 1, HV, K)
     if R > 0:
         if TIED:
