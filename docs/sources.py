@@ -1,7 +1,7 @@
 """A hook of the site's build: files outside ``docs/`` that pages link to become pages of the site.
 
-On the site a link ``../parallelflow/flow.py`` leads to the file's text, highlighted; a link to a folder to a list of the
-Python files in it. A link to what does not exist stays as it is, and the strict build fails on it.
+On the site a link ``../parallelflow/flow.py`` leads to the file's text, highlighted; a link to a folder to a list of
+the Python files in it. A link to what does not exist stays as it is, and the strict build fails on it.
 """
 
 from __future__ import annotations
