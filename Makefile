@@ -14,12 +14,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Threads that wait give their core away: on a busy machine small operations are several times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test lint docs format clean
 
 help:
 	@echo "make demo    virtual environment, then the demonstration: runs/demo/"
 	@echo "make test    virtual environment, then the tests"
 	@echo "make lint    ruff (lint and format) and mypy"
+	@echo "make docs    the documentation site, strictly: site/"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make venv    the virtual environment alone, in $(VENV)"
 	@echo "make clean   remove $(VENV) and what tools left behind"
@@ -34,6 +35,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Never with --quiet: it silences the warnings before --strict can count them.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -59,5 +64,5 @@ $(VENV)/made-from:
 	@echo "Done: $$($(BIN)/python -c 'import torch; print("torch", torch.__version__)')"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,6 +34,9 @@ def test_the_code_of_the_readme_runs():
 @pytest.mark.parametrize(
     "page",
     [
+        "index.md",
+        "solvers.md",
+        "adding_a_model.md",
         "layers.md",
         "discretizations.md",
         "continuous_time.md",
@@ -81,6 +84,9 @@ def test_the_map_is_of_this_code():
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
+        "docs/index.md",
+        "docs/solvers.md",
+        "docs/adding_a_model.md",
         "docs/layers.md",
         "docs/discretizations.md",
         "docs/continuous_time.md",
