@@ -221,7 +221,7 @@ class Chunks:
         # Who precedes whom: by token, or by place in the order of all rows; a query comes after all rows of its token.
         early, late = self.to.tokens, self.of.tokens
         if traits.sequential:
-            places = torch.tensor([*traits.positions, *traits.lone_positions], device=device)
+            places = _places([*traits.positions, *traits.lone_positions], device)
             early = early * traits.rank + torch.cat([part.repeat(size) for part in places.split([reads, lone])])
             late = torch.cat((early[: self.solved], late[self.solved :] * traits.rank + traits.rank))
         else:
@@ -315,3 +315,10 @@ def _stack(parts: list[Tensor | None]) -> Tensor:
     for rows, part in zip(stacked.split(sizes, 2), wide, strict=True):
         rows.copy_(part)
     return stacked
+
+
+def _places(numbers: list[int], device: torch.device) -> Tensor:
+    """A short list of integers; the usual one, 0 to its end, without a copy from the host, which waits for a GPU."""
+    if numbers == list(range(len(numbers))):
+        return torch.arange(len(numbers), device=device)
+    return torch.tensor(numbers, device=device)

@@ -44,6 +44,8 @@ def layer_options(name: str) -> list[str]:
         if issubclass(kind, Layer) and "__init__" in vars(kind):
             parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
             found |= {each.name for each in parameters if each.kind is each.KEYWORD_ONLY or each.name == "engine"}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+                break  # what its bases take, it does not hand on
     return sorted(found - {"rows", "key_rows", "low_rank_gate"})
 
 
