@@ -93,10 +93,14 @@ def gpu_table(result: Result) -> str:
             title = ""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     ceilings = result["ceilings"]
+    apart = sorted(
+        {NAMES[row["library"]] for row in result["rows"] if row.get("commit", result["commit"]) != result["commit"]}
+    )
+    other = f" The rows of {' and '.join(apart)} are of an earlier run, on another card of the kind." if apart else ""
     note = (
         f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions}; copy "
         f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. "
-        "× is a library's time over ParallelFlow's."
+        f"× is a library's time over ParallelFlow's.{other}"
     )
     modes = {row.get("batch_invariant") for row in result["rows"] if row["library"] == OURS}
     if modes == {True}:

@@ -106,8 +106,9 @@ def test_sixteen_rows_and_no_more():
     def call(rows, backend):
         draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(rows)).to(DEVICE)  # noqa: E731
         key = torch.nn.functional.normalize(draw(1, 9, rows, 1, 16), dim=-1)
-        return pf.low_rank_flow(draw(1, 9, 1, 16).requires_grad_(), draw(1, 9, rows, 1, 16), read=-key / rows, write=key,
-                                backend=backend).output  # fmt: skip
+        query = draw(1, 9, 1, 16).requires_grad_()
+        value = draw(1, 9, rows, 1, 16)
+        return pf.low_rank_flow(query, value, read=-key / rows, write=key, backend=backend).output
 
     assert relative_error(call(16, "triton").detach(), call(16, "torch").detach().double()) <= 1e-5
     with pytest.raises(ValueError, match="backend: got 'triton' with 17 rows a token, expected at most 16"):

@@ -334,4 +334,3 @@ def test_bench_and_doctor_name_a_backend_for_every_model():
         assert code == 0
         rows = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) > 1}
         assert all(rows[model.__name__] in ("torch", "cpu", "triton", "hopper") for model in MODELS)
-    assert "2 rows a token, expected 1" in " ".join(invoke("doctor")[1].split()) or torch.cuda.is_available()
