@@ -610,7 +610,8 @@ def test_shapes_are_checked_first():
 
 
 def test_a_kernel_that_cannot_says_so():
-    """Several rows a token run on the torch backend; a forced kernel backend says what it lacks."""
-    inputs = {n: x.float() for n, x in make_inputs("low_rank_flow", SIZES, decay="none").items()}
-    with pytest.raises(ValueError, match="backend: got 'triton' with"):
-        pf.low_rank_flow(**inputs, discretization="exact", backend="triton")
+    """Kernels serve up to 16 rows a token; a forced one says what it lacks."""
+    sizes = SIZES._replace(rows=17)
+    inputs = {n: x.float().requires_grad_() for n, x in make_inputs("low_rank_flow", sizes, decay="none").items()}
+    with pytest.raises(ValueError, match="backend: got 'cpu' with 17 rows a token, expected at most 16"):
+        pf.low_rank_flow(**inputs, discretization="exact", backend="cpu")

@@ -128,3 +128,18 @@ def test_the_delta_rule_has_kernels_of_its_own(monkeypatch):
     key = torch.nn.functional.normalize(torch.randn(1, 70, 1, 16, device=DEVICE), dim=-1)
     beta = torch.rand(1, 70, 1, device=DEVICE)
     assert pf.delta_rule(key.requires_grad_(), key, key, beta, backend="triton").output.shape == key.shape
+
+
+@pytest.mark.parametrize("scheme", ["backward_euler", "cayley", "rk4", "exact"])
+def test_discretised_rows(scheme):
+    model = next(model for model in ROWS if model.name == "low_rank_flow-4-simultaneous-scalar-raw")
+    inputs = {name: x.float().to(DEVICE) for name, x in model.inputs(Sizes(1, 20, 1, 1, 16, 16, 4)).items()}
+    options = {"discretization": scheme, "reads": "decayed"}
+    found = {}
+    for backend in ("triton", "torch"):
+        wide = {name: x.double() if backend == "torch" else x for name, x in inputs.items()}
+        tensors = require_grad(wide)
+        output = pf.low_rank_flow(**tensors, **options, backend=backend).output
+        found[backend] = {"output": output.detach(), **gradients([output], tensors)}
+    for name, expected in found["torch"].items():
+        assert relative_error(found["triton"][name], expected) <= 2e-6, name
