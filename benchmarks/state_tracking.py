@@ -61,7 +61,7 @@ class Tracker(nn.Module):
     def __init__(self, layer: str, options: dict[str, Any], task: Task, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.begin = task.vocabulary
-        self.embedding = nn.Embedding(task.vocabulary + 1, width)
+        self.embedding = nn.Parameter(torch.randn(task.vocabulary + 1, width))
         known, sizes = layer_options(layer), {"num_heads": heads}
         if "num_heads" not in known:  # RWKV-7, and Mamba-2, whose inner width is expand · width
             sizes = {"head_dim": width // heads * (2 if layer == "mamba2" else 1)}
@@ -76,7 +76,9 @@ class Tracker(nn.Module):
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, task.classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(F.pad(tokens, (1, 0), value=self.begin))
+        tokens = F.pad(tokens, (1, 0), value=self.begin)
+        symbols = torch.arange(self.begin + 1, device=tokens.device)
+        hidden = (tokens.unsqueeze(-1) == symbols).to(self.embedding.dtype) @ self.embedding  # no sums in any order
         shared: dict[str, Tensor] = {}
         for block in self.blocks:
             mixed = block(hidden, **shared)
@@ -114,9 +116,10 @@ class Training:
         matrices = [x for x in self.model.parameters() if x.ndim > 1]
         others = [x for x in self.model.parameters() if x.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=True)
+        captured = self.device != "cpu"
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=True, capturable=captured)
         self.graph: torch.cuda.CUDAGraph | None = None
-        if self.device != "cpu":
+        if captured:
             self.stream = torch.cuda.Stream(self.device)
 
     def advance(self) -> None:

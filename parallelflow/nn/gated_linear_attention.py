@@ -57,7 +57,7 @@ class GatedLinearAttention(QueryKeyValueLayer):
         self.gk_proj = low_rank(hidden_size, decay_rank, self.num_value_heads * self.head_dim, bias=True)
 
     def activate(self, inputs: Tensor) -> Tensor:
-        return super().activate(inputs) if self.conv_size else inputs
+        return inputs
 
     def flow(self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> AnyResult:
         raw = self.gk_proj(hidden_states).unflatten(-1, (self.num_value_heads, self.head_dim))

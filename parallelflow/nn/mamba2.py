@@ -87,9 +87,9 @@ class Mamba2(Layer):
         window, state = memory or (None, None)
         gate, inputs, step = self.in_proj(hidden_states).split(self.sizes, -1)
         inputs, window = short_convolution(
-            inputs, self.conv1d.weight, self.conv1d.bias, window=window, **sequences.line()
+            inputs, self.conv1d.weight, self.conv1d.bias, silu=True, window=window, **sequences.line()
         )
-        value, key, query = F.silu(inputs).split(self.convolved_sizes, -1)
+        value, key, query = inputs.split(self.convolved_sizes, -1)
         value = value.unflatten(-1, (self.num_heads, self.head_dim))
         key, query = (x.unflatten(-1, (self.num_groups, self.state_size)) for x in (key, query))
         wide = torch.promote_types(step.dtype, torch.float32)

@@ -88,7 +88,7 @@ class QueryKeyValueLayer(Layer):
         """The model's function of ``query [B, T, H, K]``, ``key [B, T, (R,) H, K]``, ``value [B, T, (R,) HV, V]``."""
 
     def activate(self, inputs: Tensor) -> Tensor:
-        """After the projections and their convolution."""
+        """After the projections, without a convolution; after a convolution it is always SiLU."""
         return F.silu(inputs)
 
     def mix(self, hidden_states: Tensor, memory: Memory | None, sequences: Sequences) -> Mixed:
@@ -100,9 +100,11 @@ class QueryKeyValueLayer(Layer):
             biases = [each.bias for each in convolutions if each.bias is not None]
             bias = torch.cat(biases) if biases else None
             inputs, window = short_convolution(
-                inputs, weight, bias, window=window, **sequences.line()
+                inputs, weight, bias, silu=True, window=window, **sequences.line()
             )  # one for all channels
-        query, key, value = self.activate(inputs).split(self.sizes, -1)
+        else:
+            inputs = self.activate(inputs)
+        query, key, value = inputs.split(self.sizes, -1)
         key_rows, rows = ((self.key_rows,), (self.rows,)) if self.stacked else ((), ())
         result = self.flow(
             hidden_states,

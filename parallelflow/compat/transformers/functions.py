@@ -148,8 +148,9 @@ def causal_conv1d(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return theirs(hidden_states, weight, bias, activation=activation, **packed, **others)
         starts = cu_seq_lens_q if seq_idx is None else _starts(seq_idx)
         tokens = hidden_states.transpose(1, 2)
-        output, _ = short_convolution(tokens.to(weight.dtype), weight.unsqueeze(1), bias, cu_seqlens=starts)
-        output = output if activation is None else silu(output)
+        output, _ = short_convolution(
+            tokens.to(weight.dtype), weight.unsqueeze(1), bias, silu=activation is not None, cu_seqlens=starts
+        )
         return output.to(hidden_states.dtype).transpose(1, 2)
 
     return causal_conv1d_fn

@@ -1,6 +1,7 @@
 // The flow of every kind of rows and decay: forward, backward, and one token.
 
 #include "backward.h"
+#include "convolution.h"
 #include "pages.h"
 #include "step.h"
 
