@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import io
+import pathlib
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from parallelflow.compat.transformers import accelerate  # noqa: E402
+from parallelflow.compat.transformers import accelerate, functions, switch  # noqa: E402
 
 COMMON = {
     "vocab_size": 97,
@@ -70,6 +71,20 @@ CONFIGURATIONS = {
     "qwen3_next": {**GATED_DELTA, **EXPERTS},
     "qwen3_5_text": GATED_DELTA,
     "qwen3_5_moe_text": {**GATED_DELTA, **EXPERTS},
+    "qwen4_exp_text": {
+        **GATED_DELTA,
+        **EXPERTS,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 50,
+        "ple_embed_dim": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "olmo_hybrid": GATED_DELTA,
     "kimi_linear": {**LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
     "bailing_hybrid": {**LATENT, "first_k_dense_replace": 1, "num_mtp_layers": 0},
@@ -96,6 +111,36 @@ CONFIGURATIONS = {
         "chunk_size": 16,
     },
 }
+
+
+GLM5 = {
+    **LATENT,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "n_routed_experts": 4,
+    "qk_rope_head_dim": 0,
+    "q_lora_rank": 16,
+    "mlp_layer_types": ["dense", "sparse"],
+    "index_topk": 64,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "index_kpool": 4,
+    "indexer_types": ["full", "full"],
+    "hc_mult": 2,
+}
+"""Its text model has no language-modelling head of its own: tested apart."""
+
+OTHERS = {
+    "mamba": ("MambaConfig", "MambaForCausalLM", "MambaMixer is Mamba-1"),
+    "falcon_mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", "FalconMambaMixer is Mamba-1"),
+    "jamba": ("JambaConfig", "JambaForCausalLM", "JambaMambaMixer is Mamba-1"),
+    "zamba": ("ZambaConfig", "ZambaForCausalLM", "ZambaMambaMixer is Mamba-1"),
+    "recurrent_gemma": ("RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", "RecurrentGemmaRglru is a recurrence"),
+    "rwkv": ("RwkvConfig", "RwkvForCausalLM", "RwkvSelfAttention is RWKV-4"),
+    "xlstm": ("xLSTMConfig", "xLSTMForCausalLM", "xLSTMLayer is mLSTM"),
+}
+"""Recurrent models that are not on this engine."""
 
 
 @functools.cache
@@ -288,6 +333,34 @@ def test_what_cannot_be_replaced():
     layer.forward = lambda *_, **__: None
     with pytest.raises(ValueError, match=r"model\.layers\.0\.linear_attn\.forward is replaced already"):
         accelerate(model)
+
+
+def test_every_model_that_calls_these_functions_is_tested():
+    """Of the installed version: a model that a new one brings must be added above."""
+    root = pathlib.Path(transformers.__file__).parent / "models"
+    words = [f"def {name}(" for name in functions.MODELS] + [f"class {name}(" for name in switch._WHOLE]
+    calling = {file.parent.name for file in root.glob("*/modeling_*.py") if any(w in file.read_text() for w in words)}
+    assert calling == {name.removesuffix("_text") for name in [*CONFIGURATIONS, "glm5_next"]}
+
+
+@torch.no_grad()
+def test_glm5():
+    modeling = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    torch.manual_seed(0)
+    model, ids = modeling.Glm5NextTextModel(modeling.Glm5NextTextConfig(**GLM5)).eval(), prompt()
+    expected = model(ids).last_hidden_state
+    with accelerate(model) as handle:
+        assert len(handle.replaced) == 1
+        close(model(ids).last_hidden_state, expected, "hidden states")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_recurrent_models_are_refused_by_name(name):
+    config, model, why = OTHERS[name]
+    with torch.device("meta"):
+        made = getattr(transformers, model)(getattr(transformers, config)())
+    with pytest.raises(ValueError, match=f"got {model}, in which nothing can be replaced .*{why}"):
+        accelerate(made)
 
 
 def test_under_a_hook_that_moves_weights():

@@ -15,6 +15,16 @@ from parallelflow.compat.transformers.rebinding import called_names, rebound
 _WHOLE = {"MiniMaxLightningAttention": lightning.forward}
 """Layers whose recurrence is written into their ``forward``: the class's name → our ``forward``."""
 
+_OTHER = {
+    "MambaMixer": "Mamba-1: a decay for each channel and state",
+    "FalconMambaMixer": "Mamba-1: a decay for each channel and state",
+    "JambaMambaMixer": "Mamba-1: a decay for each channel and state",
+    "ZambaMambaMixer": "Mamba-1: a decay for each channel and state",
+    "RecurrentGemmaRglru": "a recurrence of vectors: there is no matrix to carry",
+    "RwkvSelfAttention": "RWKV-4: a recurrence of vectors, normalised",
+    "xLSTMLayer": "mLSTM: input gates without a bound, and a normaliser",
+}
+"""Recurrent layers of Transformers that this engine does not compute, by class, and why."""
 
 _SWITCHED: WeakSet[nn.Module] = WeakSet()
 """The layers that are on this engine now."""
@@ -69,7 +79,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if there is nothing in the model to replace, or it is accelerated already.
+        ValueError: if there is nothing in the model to replace (naming its recurrent layers that this engine does not
+            compute, and why), or it is accelerated already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -88,9 +99,11 @@ def accelerate(model: nn.Module) -> Accelerated:
             handle.replaced[name] = (*handle.replaced.get(name, ()), *replaced)
     if not handle.replaced:
         known = ", ".join([*MODELS, *_WHOLE])
+        others = sorted({type(layer).__name__ for layer in model.modules()} & set(_OTHER))
+        why = "".join(f" ({name} is {_OTHER[name]})" for name in others)
         raise ValueError(
-            f"model: got {type(model).__name__}, in which nothing can be replaced, expected one with layers that call "
-            f"one of {known}"
+            f"model: got {type(model).__name__}, in which nothing can be replaced{why}, expected one with layers that "
+            f"call one of {known}"
         )
     return handle
 
