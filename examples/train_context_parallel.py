@@ -49,4 +49,5 @@ def say(entry):
 
 train(recipe, text, arguments.output, device=device, resume=True, context_group=group, report=say)
 if group is not None:
+    dist.barrier()
     dist.destroy_process_group()

@@ -38,6 +38,9 @@ def main(folder: Path, fatal: int | None) -> None:
     loop._average_gradients = perhaps_die
     text = open_text(DATA, Bytes(), RECIPE, folder / "tokens")
     train(RECIPE, text, folder, resume=True, context_group=group)
+    if group is not None:  # a process that ends while another still talks to it takes that one with it
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

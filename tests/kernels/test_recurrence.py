@@ -176,8 +176,7 @@ def test_what_it_does_not_serve(counted):
     with pytest.raises(ValueError, match=r"backend: got 'triton' with dtype torch.float64"):
         DELTA(moved(inputs, torch.float64), backend="triton")
     comba = next(model for model in MODELS if model.name == "comba")
-    with pytest.raises(ValueError, match="backend: got 'triton' with raw reads"):
-        comba(moved(comba.inputs(SIZES._replace(length=65))), backend="triton")
+    comba(moved(comba.inputs(SIZES._replace(length=65))), backend="triton")  # chunks
     assert not counted
 
 
