@@ -382,16 +382,6 @@ def _pull(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple:
 torch.library.register_autograd("parallelflow::integrate", _pull, setup_context=_setup)
 
 
-def untie(inputs: Inputs) -> tuple[tuple[int, ...], Inputs]:
-    """``Setting.ties``, and the inputs with every tensor in the first of its slots alone."""
-    ties = list(range(SLOTS))
-    untied: list[Tensor | None] = list(inputs)
-    for slot, other in TIES:
-        if inputs[slot] is inputs[other]:
-            ties[slot], untied[slot] = other, None
-    return tuple(ties), Inputs(*untied)  # type: ignore[arg-type]
-
-
 def run(
     inputs: Inputs,
     traits: Traits,

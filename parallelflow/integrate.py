@@ -17,7 +17,7 @@ from parallelflow.checks import expect_choice, expect_flag, expect_number, expec
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.kernels import serving as short
-from parallelflow.kernels.backend import elsewhere, fastest, refusal
+from parallelflow.kernels.backend import elsewhere, fastest, kernels_of, refusal
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
 from parallelflow.serving import Store, through
 from parallelflow.serving import advance as advance_short
@@ -167,12 +167,7 @@ def integrate(
             validate, context_group, context_lengths, return_final_state, final_state_on,
         )  # fmt: skip
     driver = discretize(driver, discretization)
-    expect_positive_integer("chunk_size", chunk_size)
-    if scale is not None:
-        expect_number("scale", scale)
-    expect_choice("solver", solver, SOLVERS)
-    expect_choice("aggregate", aggregate, [*AGGREGATES, "distributed"])
-    expect_choice("backend", backend, BACKENDS)
+    _check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
     expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
         if not store.plain:
@@ -252,12 +247,7 @@ def _over_ranks(
 
     context = distributed.Context.of(context_group)
     try:
-        expect_choice("aggregate", options["aggregate"], ("distributed",))
-        expect_positive_integer("chunk_size", options["chunk_size"])
-        if options["scale"] is not None:
-            expect_number("scale", options["scale"])
-        expect_choice("solver", options["solver"], SOLVERS)
-        expect_choice("backend", options["backend"], BACKENDS)
+        _check_choices(aggregates=("distributed",), **options)
         expect_choice("final_state_on", final_state_on, distributed.FINAL_STATE_ON)
         driver, query = _autocast(discretize(driver, discretization), query)
         inputs, traits, _ = canonical(driver, query, initial_state, options["scale"])
@@ -278,14 +268,25 @@ def _over_ranks(
 
     def choose(inputs: Inputs) -> str:
         """With more value channels than the model has, a forced backend may not fit: the flow is then made in torch."""
-        tier = fastest(inputs, traits) if options["backend"] == "auto" else options["backend"]
-        return tier if tier == "torch" or (refusal(tier, inputs, traits) is None and plan == Plan()) else "torch"
+        tier, why = _meant(options["backend"], inputs, traits, plan)
+        return kernels_of(tier, inputs, traits) if why is None else "torch"
 
     return Result(*distributed.run(
         context, inputs, traits, plan, choose, cu_seqlens=starts, context_lengths=context_lengths,
         return_final_state=return_final_state, final_state_on=final_state_on,
         settings={**options, "discretization": str(discretization)}, checking=validate is not False,
     ))  # fmt: skip
+
+
+def _check_choices(
+    chunk_size: int, scale: float | None, solver: str, aggregate: str, aggregates: Sequence[str], backend: str
+) -> None:
+    expect_positive_integer("chunk_size", chunk_size)
+    if scale is not None:
+        expect_number("scale", scale)
+    expect_choice("solver", solver, SOLVERS)
+    expect_choice("aggregate", aggregate, aggregates)
+    expect_choice("backend", backend, BACKENDS)
 
 
 def _check_log_decay(log_decay: Tensor | None) -> None:
@@ -296,18 +297,21 @@ def _check_log_decay(log_decay: Tensor | None) -> None:
 
 
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
-    """``torch``, or the tier of the kernels that runs."""
-    tier = fastest(inputs, traits) if backend == "auto" else backend
-    if tier == "torch":
-        return tier
-    why: str | None = f"{plan}, expected {Plan()}"
-    if plan == Plan():
-        why = refusal(tier, inputs, traits)
+    """``torch``, or the kernels that run."""
+    tier, why = _meant(backend, inputs, traits, plan)
     if why is None:
-        return tier
+        return kernels_of(tier, inputs, traits)
     if backend == "auto":
         return "torch"
     raise ValueError(f"backend: got {backend!r} with {why}")
+
+
+def _meant(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> tuple[str, str | None]:
+    """The tier that a choice of backend means, and why it cannot run; None where it can."""
+    tier = fastest(inputs, traits) if backend == "auto" else backend
+    if tier == "torch":
+        return tier, None
+    return tier, refusal(tier, inputs, traits) if plan == Plan() else f"{plan}, expected {Plan()}"
 
 
 def _sequence_starts(

@@ -35,7 +35,7 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
-    why = elsewhere(tier, inputs) or _too_large(inputs) or _too_many(traits)
+    why = elsewhere(tier, inputs) or too_large(inputs) or _too_many(traits)
     if why is None and tier == "hopper":
         why = _beyond_the_delta_rule(inputs, traits)
     if why is None and tier == "triton" and traits.sequential and traits.positions and traits.lone_positions:
@@ -64,7 +64,7 @@ def _compiled() -> bool:
     return build.COMPILER is not None and (torch.compiler.is_compiling() or build.usable())
 
 
-def _too_large(inputs: Inputs) -> str | None:
+def too_large(inputs: Inputs) -> str | None:
     """Why no kernel takes these dtypes or sizes."""
     sizes, query = sizes_of(inputs), inputs.query
     if query.dtype not in SUPPORTED or sizes.compute_dtype != torch.float32:
@@ -135,6 +135,12 @@ def fastest(inputs: Inputs, traits: Traits) -> str:
     return "triton" if tried else "torch"
 
 
+def kernels_of(tier: str, inputs: Inputs, traits: Traits) -> str:
+    """What runs of a tier that takes this problem: ``rows``, the kernels of rows of every kind, where the portable
+    tier's delta rule does not do; else the tier. As it follows from shapes and structure, it is decided once."""
+    return "rows" if tier == "triton" and _beyond_the_delta_rule(inputs, traits) is not None else tier
+
+
 def forward(
     inputs: Inputs,
     traits: Traits,
@@ -144,16 +150,16 @@ def forward(
     batch_invariant: bool = True,
     need_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again."""
+    """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again; ``tier`` as
+    of ``kernels_of``."""
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep)
-    if _beyond_the_delta_rule(inputs, traits) is not None:
-        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, keep)
+    if tier == "rows":
+        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, keep, need_final_state)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
-    output, final, saved = _kernels("delta").forward(
+    return _kernels("delta").forward(
         *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
     )
-    return output, final, saved
 
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
@@ -174,7 +180,7 @@ def backward(
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     if tier == "cpu":
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
-    if _beyond_the_delta_rule(inputs, traits) is not None:
+    if tier == "rows":
         return _kernels("rows.engine").backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels("delta").backward(

@@ -12,25 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallelflow.kernels.backend import too_large
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 LONGEST = 64
 """Tokens a sequence; beyond, chunks are faster."""
 
-LARGEST_HEAD = 512
 STATES = (torch.float32, torch.bfloat16)
-FACTORS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
 
 
 def refusal(inputs: Inputs, traits: Traits) -> str | None:
     """Why the kernel cannot take this problem, whatever its length; None where it can."""
-    sizes, query = sizes_of(inputs), inputs.query
-    if query.dtype not in FACTORS or sizes.compute_dtype != torch.float32:
-        return f"dtype {query.dtype} computed in {sizes.compute_dtype}, expected 16 or 32 bits throughout"
-    if max(sizes.key_dim, sizes.value_dim) > LARGEST_HEAD:
-        return f"K = {sizes.key_dim}, V = {sizes.value_dim}, expected at most {LARGEST_HEAD}"
-    if min(query.numel(), sizes.value_dim) == 0:
+    why = too_large(inputs)
+    if why is not None:
+        return why
+    if min(inputs.query.numel(), sizes_of(inputs).value_dim) == 0:
         return "no tokens or no channels"
     state = inputs.initial_state
     if state is not None and state.dtype not in STATES:

@@ -46,14 +46,14 @@ class Rows:
         return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
 
 
-def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool,
-            ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 and, if ``keep``, what ``prepare`` made."""
+def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool, need_final_state: bool,
+            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
+    made."""
     rows = Rows(inputs, traits, sequence_starts)
     prepared = rows.prepare()
     output, final = forward_scan(prepared, rows.source, rows.given, rows.layout, rows.chunks,
-                                 initial_state=rows.initial, final_state=True)  # fmt: skip
-    assert final is not None
+                                 initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
 
