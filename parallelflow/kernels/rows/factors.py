@@ -44,16 +44,22 @@ def store_rows(base, rows, first, length, head, column, ROWS: tl.constexpr, COUN
 
 
 @triton.jit
+def load_weights(coefficient, first, length, head, ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr,
+                 HEADS: tl.constexpr):  # fmt: skip
+    """One number a row, ``[tokens, COUNT, HEADS]``, for a value head, in float32; 0 where there is none."""
+    token, place = places(ROWS, COUNT)
+    at = ((first + token) * COUNT + place) * HEADS + head // (HV // HEADS)
+    return tl.load(coefficient + at, mask=(token < length) & (place < COUNT), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_factor(vector, coefficient, first, length, head, column, ROWS: tl.constexpr, COUNT: tl.constexpr,
                 HV: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, COEFFICIENT_HEADS: tl.constexpr,
                 SIGN: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """``sign · coefficient · vector`` of a value head's rows, in float32."""
     rows = load_rows(vector, first, length, head, column, ROWS, COUNT, HV, HEADS, D).to(tl.float32)
     if KIND == 1:
-        token, place = places(ROWS, COUNT)
-        at = ((first + token) * COUNT + place) * COEFFICIENT_HEADS + head // (HV // COEFFICIENT_HEADS)
-        weight = tl.load(coefficient + at, mask=(token < length) & (place < COUNT), other=0.0).to(tl.float32)
-        rows *= weight[:, None]
+        rows *= load_weights(coefficient, first, length, head, ROWS, COUNT, HV, COEFFICIENT_HEADS)[:, None]
     if KIND == 2:
         rows *= load_rows(coefficient, first, length, head, column, ROWS, COUNT, HV, COEFFICIENT_HEADS,
                           D).to(tl.float32)  # fmt: skip

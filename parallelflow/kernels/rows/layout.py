@@ -10,20 +10,16 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
+from parallelflow.drivers import base
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 NO_DECAY, SCALAR_DECAY, VECTOR_DECAY = range(3)
 SMALLEST_TILE = 16  # rows of a matrix product
 
 
-@dataclass(frozen=True)
-class Factor:
-    """A factor's vectors ``[B, T, R, heads, D]`` (or without R), and how its coefficient is stored: none (0), one a row
-    (1) or one a channel (2)."""
-
-    vector: Tensor
-    coefficient: Tensor | None
-    sign: int
+class Factor(base.Factor):
+    """A driver's factor whose vectors are ``[B, T, R, heads, D]``, and how its coefficient is stored: none (0), one a
+    row (1) or one a channel (2)."""
 
     @property
     def heads(self) -> int:
@@ -40,6 +36,16 @@ class Factor:
         if self.coefficient is None:
             return 1
         return self.coefficient.shape[-1 if self.kind == 1 else -2]
+
+
+def heads_of(tensor: Tensor | None) -> int:
+    """Heads of ``[B, T, R, heads, D]``; 1 where there is none."""
+    return 1 if tensor is None else tensor.shape[-2]
+
+
+def width_of(channels: int, most: int) -> int:
+    """Columns of a tile of so many channels, at most ``most``."""
+    return max(SMALLEST_TILE, min(triton.next_power_of_2(channels), most))
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class Layout:
     def tile(self, rows: int) -> int:
         """Rows of a tile that has ``rows`` places a token."""
         return max(self.C * triton.next_power_of_2(rows), SMALLEST_TILE) if rows else 0
+
+    @property
+    def levels(self) -> int:
+        """Block sizes at which two tokens of a chunk can part."""
+        return self.C.bit_length() - 1
 
     @property
     def N(self) -> int:

@@ -17,7 +17,7 @@ from parallelflow.kernels.launch import bind
 from parallelflow.kernels.prepare import decay_between
 from parallelflow.kernels.products import float32_precision
 from parallelflow.kernels.rows.factors import load_rows, places, token_sums
-from parallelflow.kernels.rows.layout import Layout
+from parallelflow.kernels.rows.layout import Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import sizes
 
 
@@ -46,7 +46,7 @@ def store_pairs(base, flat, pairs, keep, late_high, late_low, early_high, early_
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def pairs_kernel(solution, given, d_source, d_output, log_decay, gram, scores, lone_gram, lone_scores,
                  table, time, per_sequence,
-                 C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+                 C: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                  M: tl.constexpr, Q: tl.constexpr,
                  HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GIVEN_HEADS: tl.constexpr, DECAY: tl.constexpr,
                  RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, PACKED: tl.constexpr,
@@ -122,8 +122,8 @@ def pairs(solution: Tensor | None, given: Tensor | None, d_source: Tensor | None
     if count:
         launch = bind(
             pairs_kernel, **sizes(layout), HV=layout.value_heads, V=layout.V,
-            BV=max(16, min(triton.next_power_of_2(layout.V), 32)),
-            GIVEN_HEADS=1 if given is None else given.shape[-2], DECAY=layout.decay, RAW=layout.raw,
+            BV=width_of(layout.V, 32),
+            GIVEN_HEADS=heads_of(given), DECAY=layout.decay, RAW=layout.raw,
             SEQUENTIAL=layout.sequential, PACKED=chunks.packed, PRECISION=float32_precision(d_output.device),
             num_warps=4, num_stages=1)  # fmt: skip
         launch(count, solution, given, d_source, d_output, log_decay, *found, chunks.table, chunks.time,

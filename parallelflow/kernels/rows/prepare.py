@@ -33,7 +33,7 @@ from parallelflow.kernels.rows.factors import (
     to_end,
     token_sums,
 )
-from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout
+from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout, heads_of, width_of
 
 
 class Prepared(NamedTuple):
@@ -234,7 +234,7 @@ def inverse_kernel(gram, inverse, N: tl.constexpr, SPLIT: tl.constexpr, PRECISIO
 def widest(K: int, element_size: int, decay: int) -> int:
     """Columns of a tile of rows."""
     most = 16 if decay == VECTOR_DECAY else 32 if element_size > 2 else 64
-    return max(16, min(triton.next_power_of_2(K), most))
+    return width_of(K, most)
 
 
 def of_factor(name: str, factor: Factor | None) -> dict[str, int]:
@@ -246,8 +246,7 @@ def of_factor(name: str, factor: Factor | None) -> dict[str, int]:
 
 def sizes(layout: Layout) -> dict[str, int]:
     """What every stage is compiled for."""
-    names = {name: getattr(layout, name) for name in ("C", "R", "L", "N", "M", "Q")}
-    return {**names, "LEVELS": layout.C.bit_length() - 1}
+    return {name: getattr(layout, name) for name in ("C", "R", "L", "N", "M", "Q")}
 
 
 def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: Tensor | None,
@@ -271,11 +270,10 @@ def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write
     precision, full = float32_precision(query.device), query.element_size() > 2
     if pairs:
         launch = bind(
-            gram_kernel, **sizes(layout), H=layout.heads, HV=heads, K=layout.K,
+            gram_kernel, **sizes(layout), LEVELS=layout.levels, H=layout.heads, HV=heads, K=layout.K,
             BK=widest(layout.K, query.element_size(), layout.decay), DECAY=layout.decay, RAW=layout.raw,
             SEQUENTIAL=layout.sequential, **of_factor("READ", read),
-            WRITE_HEADS=1 if write is None else write.shape[-2],
-            LONE_HEADS=1 if lone_write is None else lone_write.shape[-2], PACKED=chunks.packed, PRECISION=precision,
+            WRITE_HEADS=heads_of(write), LONE_HEADS=heads_of(lone_write), PACKED=chunks.packed, PRECISION=precision,
             num_warps=4, num_stages=1)  # fmt: skip
         vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
         launch(pairs, query, vector, coefficient, write, lone_write, log_decay, queries, reads, writes, lone, gram,

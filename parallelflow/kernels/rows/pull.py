@@ -27,13 +27,14 @@ from parallelflow.kernels.rows.factors import (
     load_channel_decays,
     load_factor,
     load_rows,
+    load_weights,
     places,
     store_rows,
     to_boundary,
     to_end,
     token_sums,
 )
-from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout
+from parallelflow.kernels.rows.layout import NO_DECAY, VECTOR_DECAY, Factor, Layout, heads_of, width_of
 from parallelflow.kernels.rows.pairs import Pairs
 from parallelflow.kernels.rows.prepare import of_factor, sizes
 
@@ -253,13 +254,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
     store_rows(d_query, dq * scale, first, length, head, column, Q, 1, HV, K)
     if R > 0:
         if TIED:
-            token, place = places(N, R)
-            inside = (token < length) & (place < R)
-            at = ((first + token) * R + place) * READ_COEFFICIENT_HEADS + head // (HV // READ_COEFFICIENT_HEADS)
-            weight = READ_SIGN * tl.load(read_coefficient + at, mask=inside, other=0.0).to(tl.float32)
-            at = ((tile.to(tl.int64) * tokens + first + token) * R + place) * HV + head
+            at = ((tile.to(tl.int64) * tokens + first + n_token) * R + n_place) * HV + head
+            inside = (n_token < length) & (n_place < R)
             tl.store(d_read_coefficient + at, READ_SIGN * tl.sum(b * da, 1), mask=inside)
-            db += weight[:, None] * da
+            weight = load_weights(read_coefficient, first, length, head, N, R, HV, READ_COEFFICIENT_HEADS)
+            db += READ_SIGN * weight[:, None] * da
         else:
             store_rows(d_read, da, first, length, head, column, N, R, HV, K)
         store_rows(d_write, db, first, length, head, column, N, R, HV, K)
@@ -274,7 +273,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     """The gradients above, for contiguous arrays."""
     batch, time = query.shape[:2]
     heads, R, L = layout.value_heads, layout.R, layout.L
-    width = max(16, min(triton.next_power_of_2(layout.K), 16 if layout.decay == VECTOR_DECAY else 32))
+    width = width_of(layout.K, 16 if layout.decay == VECTOR_DECAY else 32)
     tiles = triton.cdiv(layout.K, width)
 
     def vacant(rows: int, own: int) -> Tensor:
@@ -298,12 +297,10 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     count = chunks.count * heads * tiles
     if count:
         launch = bind(
-            pull_kernel, **sizes(layout), H=layout.heads, HV=heads, K=layout.K, V=layout.V, BK=width,
-            BV=max(16, min(triton.next_power_of_2(layout.V), 32)), TILES=tiles, DECAY=layout.decay, RAW=layout.raw,
-            SEQUENTIAL=layout.sequential, **of_factor("READ", read),
-            WRITE_HEADS=1 if write is None else write.shape[-2],
-            LONE_HEADS=1 if lone_write is None else lone_write.shape[-2],
-            GIVEN_HEADS=1 if given is None else given.shape[-2], TIED=tied, PACKED=chunks.packed,
+            pull_kernel, **sizes(layout), LEVELS=layout.levels, H=layout.heads, HV=heads, K=layout.K, V=layout.V,
+            BK=width, BV=width_of(layout.V, 32), TILES=tiles, DECAY=layout.decay, RAW=layout.raw,
+            SEQUENTIAL=layout.sequential, **of_factor("READ", read), WRITE_HEADS=heads_of(write),
+            LONE_HEADS=heads_of(lone_write), GIVEN_HEADS=heads_of(given), TIED=tied, PACKED=chunks.packed,
             PRECISION=float32_precision(query.device), num_warps=4, num_stages=1)  # fmt: skip
         vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
         launch(count, query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output,

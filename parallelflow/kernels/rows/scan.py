@@ -19,7 +19,7 @@ from parallelflow.kernels.chunks import Chunks, locate_sequence
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.products import float32_precision, product
 from parallelflow.kernels.rows.factors import load_rows, store_rows
-from parallelflow.kernels.rows.layout import Layout
+from parallelflow.kernels.rows.layout import SMALLEST_TILE, Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import Prepared
 
 
@@ -105,10 +105,10 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
 
 def configuration(layout: Layout, element_size: int) -> dict[str, int]:
     """Tile sizes and warps; they depend on head sizes and dtype alone."""
-    width = max(16, triton.next_power_of_2(layout.K))
+    width = max(SMALLEST_TILE, triton.next_power_of_2(layout.K))  # all of K
     row = width * element_size
     tile = 64 if row <= 256 else 32 if row <= 1024 else 16
-    return {"BK": width, "BV": min(tile, max(16, triton.next_power_of_2(layout.V))), "num_warps": 4, "num_stages": 1}
+    return {"BK": width, "BV": width_of(layout.V, tile), "num_warps": 4, "num_stages": 1}
 
 
 def _launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
@@ -120,8 +120,8 @@ def _launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, 
     launch = bind(
         scan_kernel, C=layout.C, N=layout.N, S=saying[1], G=giving[1], R=layout.R, SAYING=saying[0], GIVING=giving[0],
         HV=layout.value_heads, K=layout.K, V=layout.V, DECAY=layout.decay, REVERSE=reverse, PACKED=chunks.packed,
-        SOURCE=source is not None, SOURCE_HEADS=1 if source is None else source.shape[-2],
-        GIVEN_HEADS=1 if given is None else given.shape[-2], SAY=said is not None, SAVE=states is not None,
+        SOURCE=source is not None, SOURCE_HEADS=heads_of(source),
+        GIVEN_HEADS=heads_of(given), SAY=said is not None, SAVE=states is not None,
         HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, PRECISION=float32_precision(like.device),
         **options)  # fmt: skip
     programs = chunks.sequences * layout.value_heads * triton.cdiv(layout.V, options["BV"])
