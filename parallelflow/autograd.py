@@ -280,38 +280,25 @@ class Code(NamedTuple):
         return Setting(traits, plan, starts, backend, tuple(self.ties), bool(batch_invariant))
 
 
-@torch.library.custom_op("parallelflow::integrate", mutates_args=())
-def _integrate(
-    query: Tensor,
-    read: Tensor | None,
-    read_coefficient: Tensor | None,
-    write: Tensor | None,
-    value: Tensor | None,
-    value_coefficient: Tensor | None,
-    lone_write: Tensor | None,
-    lone_value: Tensor | None,
-    lone_coefficient: Tensor | None,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    flags: list[int],
-    positions: list[int],
-    lone_positions: list[int],
-    ties: list[int],
-    scale: float | None,
-    names: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(
-        query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
-        log_decay, initial_state,
-    )  # fmt: skip
-    code = Code(flags, positions, lone_positions, ties, scale, names)
-    setting = code.setting(cu_seqlens)
+TENSORS = ", ".join(("Tensor query", *(f"Tensor? {name}" for name in Inputs._fields[1:])))
+CODE = "SymInt[] flags, SymInt[] positions, SymInt[] lone_positions, SymInt[] ties, float? scale, str names"
+"""``Inputs`` and ``Code`` in the language of operators' schemas."""
+
+
+@torch.library.custom_op(
+    "parallelflow::integrate",
+    mutates_args=(),
+    schema=f"({TENSORS}, Tensor? cu_seqlens, {CODE}) -> (Tensor, Tensor, Tensor)",
+)
+def _integrate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
+    setting = Code(*arguments[SLOTS + 1 :]).setting(cu_seqlens)
     output, final, carries = setting.forward(inputs, keep=setting.backend == "torch")
     assert final is not None
     if setting.backend != "torch":  # the kernels make theirs again
-        return output, final, query.new_empty(0)
-    saved = final.new_zeros(carry_count(setting.plan, final.shape[1], query.shape[1]), query.shape[0], *final.shape[1:])
+        return output, final, inputs.query.new_empty(0)
+    batch, time = inputs.query.shape[:2]
+    saved = final.new_zeros(carry_count(setting.plan, final.shape[1], time), batch, *final.shape[1:])
     for number, carry in enumerate(carries):
         saved[number] = carry
     return output, final, saved
@@ -333,7 +320,12 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return output, query.new_empty(sequences, *state, dtype=dtype), saved
 
 
-@torch.library.custom_op("parallelflow::integrate_backward", mutates_args=())
+@torch.library.custom_op(
+    "parallelflow::integrate_backward",
+    mutates_args=(),
+    schema="(Tensor[] inputs, SymInt[] present, Tensor? cu_seqlens, Tensor saved, Tensor d_output, Tensor d_final, "
+    f"{CODE}) -> Tensor[]",
+)
 def _integrate_backward(
     inputs: list[Tensor],
     present: list[int],
@@ -341,20 +333,14 @@ def _integrate_backward(
     saved: Tensor,
     d_output: Tensor,
     d_final: Tensor,
-    flags: list[int],
-    positions: list[int],
-    lone_positions: list[int],
-    ties: list[int],
-    scale: float | None,
-    names: str,
+    *code: Any,
 ) -> list[Tensor]:
-    code = Code(flags, positions, lone_positions, ties, scale, names)
     filled: list[Tensor | None] = [None] * SLOTS
     for slot, tensor in zip(present, inputs, strict=True):
         filled[slot] = tensor
     full = Inputs(*filled)  # type: ignore[arg-type]
     kept = list(saved.unbind(0)) if saved.numel() else []
-    gradients = code.setting(cu_seqlens).backward(full, kept, d_output, d_final)
+    gradients = Code(*code).setting(cu_seqlens).backward(full, kept, d_output, d_final)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.autograd import SLOTS, Code, Setting, nothing_to_record
+from parallelflow.autograd import CODE, SLOTS, TENSORS, Code, Setting, nothing_to_record
 from parallelflow.checks import Memory, expect_tensor, fingerprint, show
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan
@@ -192,64 +192,23 @@ def _call(arguments: tuple, in_place: bool) -> tuple[Tensor, Tensor]:
 _DECIDED: Memory[dict[Any, Any]] = Memory()
 
 
-@torch.library.custom_op("parallelflow::advance", mutates_args=())
-def _advance(
-    query: Tensor,
-    read: Tensor | None,
-    read_coefficient: Tensor | None,
-    write: Tensor | None,
-    value: Tensor | None,
-    value_coefficient: Tensor | None,
-    lone_write: Tensor | None,
-    lone_value: Tensor | None,
-    lone_coefficient: Tensor | None,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state_indices: Tensor | None,
-    accepted_tokens: Tensor | None,
-    flags: list[int],
-    positions: list[int],
-    lone_positions: list[int],
-    ties: list[int],
-    scale: float | None,
-    names: str,
-) -> tuple[Tensor, Tensor]:
-    return _call(
-        (query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
-         log_decay, initial_state, cu_seqlens, state_indices, accepted_tokens, flags, positions, lone_positions, ties,
-         scale, names), False,
-    )  # fmt: skip
+NUMBERS = "Tensor? cu_seqlens, Tensor? state_indices, Tensor? accepted_tokens"
 
 
-@torch.library.custom_op("parallelflow::advance_in_place", mutates_args=("initial_state",))
-def _advance_in_place(
-    query: Tensor,
-    read: Tensor | None,
-    read_coefficient: Tensor | None,
-    write: Tensor | None,
-    value: Tensor | None,
-    value_coefficient: Tensor | None,
-    lone_write: Tensor | None,
-    lone_value: Tensor | None,
-    lone_coefficient: Tensor | None,
-    log_decay: Tensor | None,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    state_indices: Tensor | None,
-    accepted_tokens: Tensor | None,
-    flags: list[int],
-    positions: list[int],
-    lone_positions: list[int],
-    ties: list[int],
-    scale: float | None,
-    names: str,
-) -> Tensor:
-    return _call(
-        (query, read, read_coefficient, write, value, value_coefficient, lone_write, lone_value, lone_coefficient,
-         log_decay, initial_state, cu_seqlens, state_indices, accepted_tokens, flags, positions, lone_positions, ties,
-         scale, names), True,
-    )[0]  # fmt: skip
+@torch.library.custom_op(
+    "parallelflow::advance", mutates_args=(), schema=f"({TENSORS}, {NUMBERS}, {CODE}) -> (Tensor, Tensor)"
+)
+def _advance(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _call(arguments, False)
+
+
+@torch.library.custom_op(
+    "parallelflow::advance_in_place",
+    mutates_args=("initial_state",),
+    schema=f"({TENSORS}, {NUMBERS}, {CODE}) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) initial_state"),
+)
+def _advance_in_place(*arguments: Any) -> Tensor:
+    return _call(arguments, True)[0]
 
 
 def _shapes(arguments: tuple) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from parallelflow.autograd import Setting
 from parallelflow.checks import show
 from parallelflow.distributed import agreement, sharded
 from parallelflow.distributed.context import Context
@@ -78,8 +79,7 @@ def run(
         context,
         shard,
         tuple(each.passing for each in shards),
-        traits,
-        plan,
+        Setting(traits, plan, None, "torch").with_ties(inputs),
         choose,
         sequences,
         summed=return_final_state and context.size > 1 and (everywhere or cu_seqlens is not None),

@@ -12,7 +12,7 @@ makes what its backward pass wants while the flows of others are under way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,35 +26,28 @@ from parallelflow.distributed.context import Context
 from parallelflow.distributed.flows import pull_back, shard_flow, transition_shape
 from parallelflow.distributed.shards import Shard
 from parallelflow.flow import Flow
-from parallelflow.problem import Inputs, Traits, sizes_of
-from parallelflow.torch_backend import Plan
+from parallelflow.problem import Inputs, sizes_of
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One call on one rank. ``passing`` tells of every rank whether what enters also leaves; ``choose`` names the
-    backend for inputs; ``sequences`` is N of the whole line; ``summed``: final states come together from several ranks
-    (they are on one alone otherwise); ``ties`` as of ``Setting``."""
+    """One call on one rank. ``passing`` tells of every rank whether what enters also leaves; ``base`` is the setting of
+    all parts but for sequences and backend, which ``choose`` names for inputs; ``sequences`` is N of the whole line;
+    ``summed``: final states come together from several ranks (they are on one alone otherwise)."""
 
     context: Context
     shard: Shard
     passing: tuple[bool, ...]
-    traits: Traits
-    plan: Plan
+    base: Setting
     choose: Callable[[Inputs], str]
     sequences: int
     summed: bool
     recording: bool
-    ties: tuple[int, ...] = tuple(range(SLOTS))
-
-    def tied(self, untied: Inputs) -> Inputs:
-        """The inputs with every slot filled."""
-        return Inputs(*[untied[slot] for slot in self.ties])  # type: ignore[arg-type]
 
     def setting(self, untied: Inputs, starts: tuple[int, ...] | None = None) -> Setting:
         """The engine for a part of the tokens."""
-        backend = self.choose(self.tied(untied)) if untied.query.numel() else "torch"
-        return Setting(self.traits, self.plan, None if starts is None else list(starts), backend, self.ties)
+        backend = self.choose(self.base.tied(untied)) if untied.query.numel() else "torch"
+        return self.base._replace(sequence_starts=None if starts is None else list(starts), backend=backend)
 
     def head(self, untied: Inputs, entry: Tensor) -> Inputs:
         """The tokens that go on with sequences of the rank before, from the states that enter."""
@@ -67,7 +60,8 @@ class Job:
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The engine without a backward pass, on inputs whose ties are in place."""
         backend = self.choose(inputs) if inputs.query.numel() else "torch"
-        output, final, _ = Setting(self.traits, self.plan, None, backend).forward(inputs, keep=False)
+        setting = Setting(self.base.traits, self.base.plan, None, backend)
+        output, final, _ = setting.forward(inputs, keep=False)
         assert final is not None
         return output, final
 
@@ -80,10 +74,8 @@ def run(inputs: Inputs, job: Job) -> tuple[Tensor, Tensor]:
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("aggregate: got 'distributed' under torch.func, expected plain calls")
-    setting = Setting(job.traits, job.plan, None, "torch").with_ties(inputs)
-    job, untied = replace(job, ties=setting.ties), setting.untied(inputs)
     anchor = torch.zeros(0, requires_grad=True) if job.recording else None  # where no input here has a gradient
-    return _Sharded.apply(job, anchor, *untied)
+    return _Sharded.apply(job, anchor, *job.base.untied(inputs))
 
 
 class _Sharded(torch.autograd.Function):
@@ -92,7 +84,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, anchor: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         untied, shard = Inputs(*tensors), job.shard  # type: ignore[arg-type]
-        tied = job.tied(untied)
+        tied = job.base.tied(untied)
         outputs: list[Tensor] = []
         finals: list[Tensor] = []
         kept_rest: list[Tensor] = []
@@ -136,8 +128,8 @@ class _Sharded(torch.autograd.Function):
         job, (count, _) = ctx.job, ctx.counts
         saved = ctx.saved_tensors  # unpacked once: checkpointing allows no second time
         tensors, (entry, transition, entry_queries, *kept) = saved[:SLOTS], saved[SLOTS:]
-        untied, shard, traits = Inputs(*tensors), job.shard, job.traits
-        tied = job.tied(untied)
+        untied, shard = Inputs(*tensors), job.shard
+        tied = job.base.tied(untied)
         if d_output is None:  # the others wait all the same
             d_output = _no_output(tied)
         d_ends = _spread(job, d_final, entry)
@@ -148,7 +140,7 @@ class _Sharded(torch.autograd.Function):
         flow = _nothing(tied, shard.lanes)
         if shard.continued:
             adjoint = _transposed(transition, entry.ndim)
-            pulled = pull_back(_cut(tied, 0, shard.head), traits, entry_queries, d_output_head)
+            pulled = pull_back(_cut(tied, 0, shard.head), job.base.traits, entry_queries, d_output_head)
             flow = Flow(adjoint, pulled)
             if d_head_end is not None:
                 flow = flow._replace(source=exchange.apply(flow, d_head_end))
