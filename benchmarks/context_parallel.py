@@ -21,7 +21,6 @@ import argparse
 import datetime
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -305,12 +304,10 @@ def main() -> None:
 
 def save(rows: list[report.Row], options: argparse.Namespace, machine: Machine, dtype: str) -> None:
     card = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=report.ROOT, check=False
-    ).stdout.strip()  # fmt: skip
     key = lambda row: tuple(row.get(name) for name in ("op", "mode", "tokens", "ranks", "check_tokens"))  # noqa: E731
     kept = {key(row): row for row in [*report.load(options.out)["rows"], *rows]}
-    head = {"kind": "context_parallel", "card": card, "versions": {"PyTorch": torch.__version__}, "commit": commit}
+    head = {"kind": "context_parallel", "card": card, "versions": {"PyTorch": torch.__version__}}
+    head["commit"] = report.commit(options.commit)
     head |= {"dtype": dtype, "heads": machine.heads, "size": machine.size, "name": options.out.stem}
     report.save({**head, "rows": list(kept.values())}, options.out)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.report import Result, Row, markdown, number
+from benchmarks.report import Result, Row, markdown, number, pyplot, versions
 
 COMMAND = "torchrun --nproc-per-node 8 -m benchmarks.context_parallel --out benchmarks/results/context_parallel.json"
 MODES = {"total": "the same tokens on all", "per rank": "as many tokens on each"}
@@ -55,10 +55,9 @@ def context_table(result: Result) -> str:
     """Times and efficiencies, then gradients, with the plot; what to run, where nothing has been."""
     if not result["rows"]:
         return f"No machine with several GPUs has run it yet: `{COMMAND}`."
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     note = (
-        f"{result['card']}, {result['dtype']}, {result['heads']} heads of {result['size']}, {versions}. Efficiency is "
-        "the time of one rank over that of W, in the mode `total` divided by W: 1 is perfect. Exchanges and received "
+        f"{result['card']}, {result['dtype']}, {result['heads']} heads of {result['size']}, {versions(result)}. "
+        "Efficiency is the time of one rank over that of W, in the mode `total` divided by W: 1 is perfect. Exchanges and received "
         "bytes are of one direction."
     )
     checked = [row for row in result["rows"] if "from_one_rank" in row]
@@ -69,12 +68,7 @@ def context_table(result: Result) -> str:
 
 def context_plot(result: Result, path: Path) -> None:
     """Efficiency, forward and backward, by the number of ranks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     rows = [row for row in timed(result) if "forward_efficiency" in row]
     for panel, (mode, title) in zip(panels, MODES.items(), strict=True):

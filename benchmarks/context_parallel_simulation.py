@@ -186,11 +186,7 @@ def injected() -> list[dict[str, Any]]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = report.pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
     styles = dict(zip(exchange.METHODS, ("C0", "C1", "C2"), strict=True))
     for kind, line in (("dense", "-"), ("diagonal", ":")):

@@ -334,10 +334,9 @@ def main() -> None:
         print(peak(library, Shape(*map(int, sizes))))
         return
     result = report.load(RESULT)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=report.ROOT)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     head = {"kind": "cpu", "card": processor(), "threads": arguments.threads, "versions": versions}
-    head["commit"] = commit.stdout.strip()
+    head["commit"] = report.commit()
     result = {**result, **head, "rows": result["rows"]}
     for part in arguments.only:
         rows = PARTS[part](arguments.rounds)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.gpu import DISTRIBUTIONS, ceilings, medians
+from benchmarks.gpu import ceilings, medians, versions_of
 
 HEADS = 32
 BATCHES = (1, 8, 64, 512)
@@ -198,13 +198,6 @@ def main() -> None:
     card = torch.cuda.get_device_name()
     path = arguments.out or report.RESULTS / f"{card.removeprefix('NVIDIA ').lower().replace(' ', '-')}-decode.json"
     result = report.load(path)
-    commit = arguments.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=report.ROOT, check=False
-    ).stdout.strip()  # fmt: skip
-    versions = {"PyTorch": torch.__version__, "Triton": importlib.metadata.version("triton")}
-    for name in libraries:
-        if name in DISTRIBUTIONS:
-            versions[report.NAMES[name]] = importlib.metadata.version(DISTRIBUTIONS[name])
     limits = {"copy_gb_s": ceilings()["copy_gb_s"]}
     torch.cuda.empty_cache()
     rows: list[report.Row] = []
@@ -228,7 +221,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
             rows += found
     report.merge(result, rows)
-    head = {"kind": "decode", "card": card, "versions": {**result.get("versions", {}), **versions}, "commit": commit}
+    head = {"kind": "decode", "card": card, "versions": {**result.get("versions", {}), **versions_of(libraries)}}
+    head["commit"] = report.commit(arguments.commit)
     report.save({**head, "ceilings": limits, "rows": result["rows"]}, path)
 
 

@@ -151,10 +151,8 @@ def ours(problem: Problem, backend: str = "auto") -> Callable[..., Tensor]:
     return call
 
 
-def peer(problem: Problem) -> Callable[..., Tensor] | None:
-    """flash-linear-attention's function for the problem, in this library's names; None where it has none."""
-    if problem.op == "low_rank_flow":
-        return None
+def peer(problem: Problem) -> Callable[..., Tensor]:
+    """flash-linear-attention's function for the problem, in this library's names."""
     from fla import ops  # type: ignore[import-not-found]
     from fla.ops.gated_delta_product import chunk_gated_delta_product  # type: ignore[import-not-found]
 
@@ -187,10 +185,8 @@ def peer(problem: Problem) -> Callable[..., Tensor] | None:
     return call
 
 
-def flash_qla(problem: Problem) -> Callable[..., Tensor] | None:
-    """FlashQLA's function, where it has one."""
-    if problem.op != "gated_delta_rule":
-        return None
+def flash_qla(problem: Problem) -> Callable[..., Tensor]:
+    """FlashQLA's function, the gated delta rule's."""
     from flash_qla import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
     def call(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
@@ -200,12 +196,24 @@ def flash_qla(problem: Problem) -> Callable[..., Tensor] | None:
     return call
 
 
-LIBRARIES: dict[str, tuple[str, Callable[[Problem], Callable[..., Tensor] | None]]] = {
+LIBRARIES: dict[str, tuple[str, Callable[[Problem], Callable[..., Tensor]]]] = {
     "parallelflow": ("parallelflow", ours),
     "fla": ("fla", peer),
     "flash_qla": ("flash_qla", flash_qla),
 }
 DISTRIBUTIONS = {"fla": "fla-core", "flash_qla": "flash-qla"}
+
+
+def serves(library: str, op: str) -> bool:
+    """Whether a library has the model."""
+    return {"fla": op != "low_rank_flow", "flash_qla": op == "gated_delta_rule"}.get(library, True)
+
+
+def versions_of(libraries: list[str]) -> dict[str, str]:
+    """Of what all run on, and of the libraries beside this one."""
+    found = {"PyTorch": torch.__version__, "Triton": importlib.metadata.version("triton")}
+    peers = [name for name in libraries if name in DISTRIBUTIONS]
+    return found | {report.NAMES[name]: importlib.metadata.version(DISTRIBUTIONS[name]) for name in peers}
 
 
 def medians(call: Callable[[], Any], seconds: float = 0.4) -> float:
@@ -259,7 +267,6 @@ def error_of(problem: Problem, call: Callable[..., Tensor], inputs: dict[str, Te
 def measure(problem: Problem, library: str, wait: Callable[[], None]) -> report.Row:
     """One row; ``wait`` is called between the first gradient and the timing."""
     call = LIBRARIES[library][1](problem)
-    assert call is not None
     inputs = draw(problem)
     values = inputs["value"]
     cotangent = torch.randn_like(values if values.ndim == 4 else values[:, :, 0])
@@ -389,20 +396,13 @@ def main() -> None:
         for problem in PROBLEMS
         if (arguments.op is None or problem.op in arguments.op)
         and (arguments.time is None or problem.time in arguments.time)
-        and (library != "flash_qla" or problem.op == "gated_delta_rule")
-        and (library != "fla" or problem.op != "low_rank_flow")
+        and serves(library, problem.op)
     ]
     card = torch.cuda.get_device_name()
     path = arguments.out or report.RESULTS / f"{card.removeprefix('NVIDIA ').lower().replace(' ', '-')}.json"
     result = report.load(path)
-    commit = arguments.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=report.ROOT, check=False
-    ).stdout.strip()  # fmt: skip
-    versions = {"PyTorch": torch.__version__, "Triton": importlib.metadata.version("triton")}
-    for name in libraries:
-        if name in DISTRIBUTIONS:
-            versions[report.NAMES[name]] = importlib.metadata.version(DISTRIBUTIONS[name])
-    head = {"kind": "gpu", "card": card, "versions": {**result.get("versions", {}), **versions}, "commit": commit}
+    head = {"kind": "gpu", "card": card, "versions": {**result.get("versions", {}), **versions_of(libraries)}}
+    head["commit"] = report.commit(arguments.commit)
     with tempfile.TemporaryDirectory() as folder:
         rows = run(chosen, arguments.patience, Path(folder))
     report.merge(result, rows)

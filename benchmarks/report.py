@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,28 @@ Result = dict[str, Any]
 PROBLEM = ("op", "batch", "time", "key_heads", "value_heads", "key_dim", "value_dim", "rank")
 OURS = "parallelflow"
 NAMES = {OURS: "ParallelFlow", "fla": "FLA", "flash_qla": "FlashQLA", "transformers": "Transformers"}
+
+
+def commit(named: str = "") -> str:
+    """The commit that is measured: the one that is named, or the one that is checked out."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return named or subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+
+def versions(result: Result) -> str:
+    """What was measured with, in words."""
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
+def pyplot() -> Any:
+    """Matplotlib's, drawing to files that are the same in every run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def load(path: Path) -> Result:
@@ -91,14 +114,13 @@ def gpu_table(result: Result) -> str:
             error = "–" if row["error"] is None else f"{row['error']:.1e}"
             lines.append([*cells, number(row["extra_mib"]), number(row["first_call_s"], 2), error])
             title = ""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     ceilings = result["ceilings"]
     apart = sorted(
         {NAMES[row["library"]] for row in result["rows"] if row.get("commit", result["commit"]) != result["commit"]}
     )
     other = f" The rows of {' and '.join(apart)} are of an earlier run, on another card of the kind." if apart else ""
     note = (
-        f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions}; copy "
+        f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions(result)}; copy "
         f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. "
         f"× is a library's time over ParallelFlow's.{other}"
     )
@@ -131,10 +153,9 @@ def cpu_table(result: Result) -> str:
     ]  # fmt: skip
     shares = ", ".join(f"{100 * row['share_of_products']:.0f} %" for row in beside if row["dtype"] == "float32"
                        and "share_of_products" in row)  # fmt: skip
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     slopes = result["slopes"]
     note = (
-        f"{result['card']}, {result['threads']} threads, {versions}. × is the time of Transformers' reference "
+        f"{result['card']}, {result['threads']} threads, {versions(result)}. × is the time of Transformers' reference "
         "(`torch_chunk_gated_delta_rule`, for one token `torch_recurrent_gated_delta_rule`) over ParallelFlow's, the "
         "median of pairs that take turns; memory is what forward and backward add to a process of their own. Of the "
         f"rate that batched matrix products reach on the same cores the chunked algorithm's products reach {shares} "
@@ -176,9 +197,8 @@ def decode_table(result: Result) -> str:
             host = [row["host_us"] for row in libraries[library].values() if row["host_us"] is not None]
             lines.append([title, NAMES[library], *cells, number(min(host, default=None))])
             title = ""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     note = (
-        f"One {result['card']}, one token a sequence, bfloat16, {versions}; % of the rate of a large copy, "
+        f"One {result['card']}, one token a sequence, bfloat16, {versions(result)}; % of the rate of a large copy, "
         f"{result['ceilings']['copy_gb_s'] / 1000:.2f} TB/s; × is a library's time over ParallelFlow's."
     )
     return f"{note}\n\n{markdown(header, lines)}"
@@ -212,12 +232,7 @@ def render(document: str) -> str:
 
 def plot(result: Result, path: Path) -> None:
     """Each problem's forward-and-backward times, one bar a library."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found = problems(result)
     libraries = [name for name in NAMES if any(name in rows for rows in found.values())]
     figure, panels = plt.subplots(1, 2, figsize=(11, 0.6 * len(found) + 1.2), sharey=True)
@@ -241,12 +256,7 @@ def plot(result: Result, path: Path) -> None:
 
 def plot_cpu(result: Result, path: Path) -> None:
     """Ratios to Transformers, and time against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     ours = [row for row in result["rows"] if row["library"] == OURS]
     beside = [row for row in ours if "forward_ratio" in row]
     line = (1, 4, 4, 64, 64, 1)
