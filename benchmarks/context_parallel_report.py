@@ -57,8 +57,8 @@ def context_table(result: Result) -> str:
         return f"No machine with several GPUs has run it yet: `{COMMAND}`."
     note = (
         f"{result['card']}, {result['dtype']}, {result['heads']} heads of {result['size']}, {versions(result)}. "
-        "Efficiency is the time of one rank over that of W, in the mode `total` divided by W: 1 is perfect. Exchanges and received "
-        "bytes are of one direction."
+        "Efficiency is the time of one rank over that of W, in the mode `total` divided by W: 1 is perfect. Exchanges "
+        "and received bytes are of one direction."
     )
     checked = [row for row in result["rows"] if "from_one_rank" in row]
     errors = ["Output and gradients, the largest relative error of any:", gradients(checked)] if checked else []

@@ -13,38 +13,19 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
+from launches import compile_as_launched
 from machine_code import disassemble, reads_of_unwritten
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from parallelflow.kernels import delta, launch, segments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}
 TIME = 130
 
 
 def compile_launch(kernel, *arguments, grid=None, warmup=False, **named):
     """Take the place of a launch: compile, look, do not run."""
-    bound = dict(zip(kernel.arg_names, arguments, strict=False))
-    bound |= {name: value for name, value in named.items() if name in kernel.arg_names}
-    options = {name: value for name, value in named.items() if name in ("num_warps", "num_stages", "maxnreg")}
-    types, constants, divisible = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value, general = bound[parameter.name], parameter.name in (kernel.do_not_specialize or ())
-        if parameter.is_constexpr or value is None:
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = f"*{NAMES[value.dtype]}"
-            divisible[(place,)] = [["tt.divisibility", 16]]
-        else:
-            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and not general and value % 16 == 0:
-                divisible[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, types, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = compile_as_launched(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()

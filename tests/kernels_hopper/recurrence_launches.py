@@ -16,38 +16,20 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
+from launches import compile_as_launched
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 import parallelflow as pf
 from parallelflow.kernels import launch
 from parallelflow.testing import Sizes, make_inputs
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32"}
 case = ""
 
 
 def compile_launch(self, programs, *arguments):
     """Take the place of a launch: compile, look, do not run."""
-    kernel, named = self.kernel, self.constants
-    bound = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    options = {name: value for name, value in named.items() if name == "num_warps"}
-    types, constants, divisible = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value, general = bound[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not general):
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = f"*{NAMES[value.dtype]}"
-            divisible[(place,)] = [["tt.divisibility", 16]]
-        else:
-            types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and not general and value % 16 == 0:
-                divisible[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, types, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = self.kernel
+    compiled = compile_as_launched(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | self.constants)
     text = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"

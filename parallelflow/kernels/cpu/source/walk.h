@@ -135,6 +135,15 @@ struct Walk {
         bool has(int r) const { return ALL || (r > own && r < end); }
     };
 
+    // `meet` for every writer that one of COUNT tokens from `first` on may read: told whether all of them do.
+    template <int COUNT, typename Meet>
+    void each_writer(int first, const Meet& meet) const {
+        const int here = first + COUNT < tokens ? first + COUNT : tokens;
+        const int earlier = here == first + COUNT ? first * each : 0;
+        for (int q = 0; q < earlier; q++) meet(std::true_type{}, q);
+        for (int q = earlier; q < here * each; q++) meet(std::false_type{}, q);
+    }
+
     template <int COUNT, int READS, bool RAW, bool QUERY>
     void pull_to_readers(float* written, float* d_read, float* d_query, int first, int k, int at) const {
         Floats pulled[COUNT][READS + QUERY] = {}, step[COUNT];
@@ -157,10 +166,7 @@ struct Walk {
             }
             store(written + q * deep, now);
         };
-        const int here = first + COUNT < tokens ? first + COUNT : tokens;
-        const int earlier = here == first + COUNT ? first * each : 0;
-        for (int q = 0; q < earlier; q++) meet(std::true_type{}, q);
-        for (int q = earlier; q < here * each; q++) meet(std::false_type{}, q);
+        each_writer<COUNT>(first, meet);
 #pragma GCC unroll 8
         for (int r = 0; r < COUNT; r++) {
             if (first + r >= tokens) break;
@@ -203,9 +209,6 @@ struct Walk {
             }
             store(d_written + q * deep, now);
         };
-        const int here = first + COUNT < tokens ? first + COUNT : tokens;
-        const int earlier = here == first + COUNT ? first * each : 0;
-        for (int q = 0; q < earlier; q++) meet(std::true_type{}, q);
-        for (int q = earlier; q < here * each; q++) meet(std::false_type{}, q);
+        each_writer<COUNT>(first, meet);
     }
 };
