@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
-from parallelflow.kernels.rows.layout import Factor, Layout
+from parallelflow.kernels.rows.layout import VECTOR_DECAY, Factor, Layout
 from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, prepare
 from parallelflow.kernels.rows.products import gathered, product, pull_product
@@ -68,11 +68,11 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     exits, d_source, d_given, d_initial = reverse_scan(
         prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
         initial_gradient=rows.initial is not None)  # fmt: skip
-    total = prepared.total
+    total, floors = prepared.total, prepared.floors
     del prepared, saved  # their memory is free for the gradients
     met = pairs(solution, rows.given, d_source, d_output, of.log_decay, layout, chunks)
     pulled = pull(of.query, rows.read, of.write, of.lone_write, of.log_decay, solution, rows.given, d_source, d_output,
-                  entries, exits, total, met, layout, chunks, rows.scale)  # fmt: skip
+                  entries, exits, total, floors, met, layout, chunks, rows.scale)  # fmt: skip
 
     def summed(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if gradient is None or like is None else gathered(gradient, like.shape[3])
@@ -108,7 +108,7 @@ def _restored(saved: list[Tensor], layout: Layout) -> Prepared:
     there = {
         "queries": True, "reads": layout.R > 0, "writes": layout.R > 0, "lone": layout.L > 0, "inverse": layout.R > 0,
         "scores": layout.R > 0, "lone_gram": layout.R > 0 and layout.L > 0, "lone_scores": layout.L > 0,
-        "total": layout.decay > 0,
+        "total": layout.decay > 0, "floors": layout.decay == VECTOR_DECAY,
     }  # fmt: skip
     tensors = iter(saved)
     return Prepared(**{name: next(tensors) if is_there else None for name, is_there in there.items()})  # type: ignore

@@ -1,11 +1,22 @@
-"""Device functions: a family's rows, and the decay between two tokens of a chunk, every factor at most 1.
+"""Device functions: a family's rows, and the decay between two tokens of a chunk.
 
-Vector decays: the pair of a later token t and an earlier one s is served at the one block size h, a power of two, at
-which they lie in the two halves of a block of 2 h tokens. With b the first token of the later half,
+Vector decays. With c_t the sum of a channel's decays up to token t, a pair of a later token t and an earlier one s
+needs e^{c_t - c_s} as a factor of t times a factor of s. Inside a block of tokens whose decays sum to little enough in
+every channel, both are taken to the block's middle, m half the sum of its decays:
+
+    e^{c_t - c_s} = e^{c_t - m} · e^{m - c_s},
+
+one product for all pairs of the block, factors between e^m and e^-m. Where decays are stronger a pair is served at the
+one block size h, a power of two, at which its tokens lie in the two halves of a block of 2 h tokens. With b the first
+token of the later half,
 
     e^{c_t - c_s} = e^{g_b + … + g_t} · e^{g_{s+1} + … + g_{b-1}}:
 
-each exponent is a sum of its own terms, none is positive, and no difference of sums is ever taken.
+each exponent is a sum of its own terms, none is positive, and no difference of sums is ever taken. The kernels look at
+the decays themselves and choose for each chunk and head the largest block that may be centred (``floor``): the chunk,
+16 tokens, or one. Nothing is asked of the gate.
+
+Every exponent is a weighted sum of the chunk's decays, so all of a tile's are one product with a matrix of 0, 1, ±1/2.
 """
 
 import triton
@@ -69,58 +80,79 @@ def load_factor(vector, coefficient, first, length, head, column, ROWS: tl.const
 
 
 @triton.jit
-def load_channel_decays(log_decay, first, length, head, column, SHIFT: tl.constexpr, ROWS: tl.constexpr,
-                        COUNT: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Decays of the tokens SHIFT away, in units of log 2, at one row of each token: the first for SHIFT ≤ 0, the last
-    for SHIFT > 0. 0 outside the chunk."""
-    PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
-    token, place = places(ROWS, COUNT)
-    there = token + SHIFT
-    inside = (place == (PADDED - 1 if SHIFT > 0 else 0)) & (there >= 0) & (there < length)
-    at = (first + there) * HV + head
-    found = tl.load(log_decay + at[:, None] * K + column[None, :], mask=inside[:, None] & (column < K)[None, :],
-                    other=0.0)  # fmt: skip
-    return found.to(tl.float32) * LOG2_E
+def load_channel_decays(log_decay, first, length, head, column, Q: tl.constexpr, HV: tl.constexpr,
+                        K: tl.constexpr):  # fmt: skip
+    """Decays of a chunk's tokens in units of log 2, 0 where there is none. One under -800 counts as -800."""
+    token = tl.arange(0, Q)
+    at = (first + token) * HV + head
+    found = tl.load(log_decay + at[:, None] * K + column[None, :],
+                    mask=(token < length)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+    return tl.where(found < -800.0, -800.0, found) * LOG2_E
 
 
 @triton.jit
-def summed(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sums inside blocks of BLOCK tokens: up to each row, or from it on."""
-    PADDED: tl.constexpr = 1 if COUNT == 1 else 2 if COUNT == 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
-    ROWS: tl.constexpr = decays.shape[0]
-    COLUMNS: tl.constexpr = decays.shape[1]
-    SIZE: tl.constexpr = BLOCK * PADDED
-    if SIZE == 1:
-        return decays
-    if SIZE >= ROWS:
-        return tl.cumsum(decays, 0, reverse=REVERSE)
-    blocks = tl.reshape(decays, [ROWS // SIZE, SIZE, COLUMNS])
-    return tl.reshape(tl.cumsum(blocks, 1, reverse=REVERSE), [ROWS, COLUMNS])
+def in_three(x):
+    """Three bfloat16 numbers whose sum is the float32 number ``x``."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
-def from_boundary(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr, RAW: tl.constexpr):
-    """e^{sum from the first token of the row's block to the row's own}; RAW: the own one left out, ``decays`` being
-    those of the tokens before."""
-    if RAW:
-        token, place = places(decays.shape[0], COUNT)
-        decays = tl.where((token % BLOCK != 0)[:, None], decays, 0.0)
-    return tl.exp2(summed(decays, BLOCK, COUNT, False))
+def weighted(weights, parts):
+    """``weights @ x`` in float32, for weights that bfloat16 has, and ``parts`` of x (``in_three``)."""
+    high, middle, low = parts
+    weights = weights.to(tl.bfloat16)
+    return tl.dot(weights, high, tl.dot(weights, middle, tl.dot(weights, low)))
 
 
 @triton.jit
-def to_boundary(decays, BLOCK: tl.constexpr, COUNT: tl.constexpr):
-    """e^{sum after the row's token to the last of its block}, ``decays`` being those of the tokens after."""
-    token, place = places(decays.shape[0], COUNT)
-    return tl.exp2(summed(tl.where(((token + 1) % BLOCK != 0)[:, None], decays, 0.0), BLOCK, COUNT, True))
+def span(decays, BLOCK: tl.constexpr):
+    """The most that any block's decays sum to in any channel, without the sign."""
+    SIZE: tl.constexpr = BLOCK if decays.shape[0] > BLOCK else decays.shape[0]
+    sums = tl.sum(tl.reshape(decays, [decays.shape[0] // SIZE, SIZE, decays.shape[1]]), 1)
+    return tl.max(tl.max(-sums, 1), 0)  # NaN would be lost here, and stays in the sums
 
 
 @triton.jit
-def halves_of_a_block(late, early, BLOCK: tl.constexpr):
-    """Which pairs of tokens lie in the two halves of one block of 2 BLOCK tokens."""
+def from_middle(decays, token, level, RAW: tl.constexpr):
+    """c_t - m for rows of the tokens ``token`` in their blocks of 2^level, ``decays`` in three; RAW: c_{t-1} - m."""
+    t = token[:, None]
+    s = tl.arange(0, decays[0].shape[0])[None, :]
+    up_to = s < t if RAW else s <= t
+    return weighted(tl.where((t ^ s) >> level == 0, tl.where(up_to, 0.5, -0.5), 0.0), decays)
+
+
+@triton.jit
+def from_boundary(decays, token, level, RAW: tl.constexpr):
+    """e^{sum from the first token of the row's block of 2^level to the row's own}; RAW: the own one left out."""
+    t = token[:, None]
+    s = tl.arange(0, decays[0].shape[0])[None, :]
+    up_to = s < t if RAW else s <= t
+    return tl.exp2(weighted(tl.where(((t ^ s) >> level == 0) & up_to, 1.0, 0.0), decays))
+
+
+@triton.jit
+def to_boundary(decays, token, level):
+    """e^{sum after the row's token to the last of its block of 2^level}."""
+    t = token[:, None]
+    s = tl.arange(0, decays[0].shape[0])[None, :]
+    return tl.exp2(weighted(tl.where(((t ^ s) >> level == 0) & (s > t), 1.0, 0.0), decays))
+
+
+@triton.jit
+def same_block(late, early, level):
+    """Which pairs of a later and an earlier token lie in one block of 2^level tokens."""
     late, early = late[:, None], early[None, :]
-    together = late // (2 * BLOCK) == early // (2 * BLOCK)
-    return together & (late // BLOCK % 2 == 1) & (early // BLOCK % 2 == 0)
+    return ((late ^ early) >> level == 0) & (late > early)
+
+
+@triton.jit
+def in_halves(late, early, level):
+    """Which pairs of a later and an earlier token lie in the two halves of a block of 2^(level + 1) tokens."""
+    late, early = late[:, None], early[None, :]
+    return ((late ^ early) >> level == 1) & (late > early)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ larger family fills a tile of 64 rows (32 where a row is wide).
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from parallelflow.problem import Inputs, Traits, sizes_of
 
 NO_DECAY, SCALAR_DECAY, VECTOR_DECAY = range(3)
 SMALLEST_TILE = 16  # rows of a matrix product
+WHOLE, MIDDLE, FINEST = 64, 16, 1  # floors (factors.py): tokens of a block that is centred, 64 for the whole chunk
+NARROW = 16  # channels at a time where decays are strong: every block size has factors of its own
 
 
 class Factor(base.Factor):
@@ -46,6 +49,12 @@ def heads_of(tensor: Tensor | None) -> int:
 def width_of(channels: int, most: int) -> int:
     """Columns of a tile of so many channels, at most ``most``."""
     return max(SMALLEST_TILE, min(triton.next_power_of_2(channels), most))
+
+
+def centred(dtype: torch.dtype) -> float:
+    """To what sum of decays, in units of log 2, a block may be centred: its factors, to e^{±half of it}, are rounded to
+    ``dtype`` beside rows of any size, and the error of a sum of so many is less than that rounding."""
+    return {torch.bfloat16: 144.0, torch.float16: 6.0}.get(dtype, 1.5)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,13 @@ class Layout:
     def levels(self) -> int:
         """Block sizes at which two tokens of a chunk can part."""
         return self.C.bit_length() - 1
+
+    @property
+    def floors(self) -> tuple[int, ...]:
+        """What a chunk may need, each with a launch of its own."""
+        if self.decay != VECTOR_DECAY:
+            return (WHOLE,)
+        return (WHOLE, MIDDLE, FINEST) if self.C > MIDDLE else (WHOLE, FINEST)
 
     @property
     def N(self) -> int:
