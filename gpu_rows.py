@@ -77,10 +77,8 @@ def child(case, over):
     print(f"## {case} {over} compile {compile_s:.0f}s\n" + "\n".join(out), flush=True)
 if CASES and CASES[0] == "child": child(CASES[1], CASES[2]); sys.exit()
 jobs = json.loads(os.environ.get("JOBS", "null")) or [
-  ["kda,128", {}], ["kda,128", {"pull_kernel64": {"BK": 32}, "gram_kernel": {"num_warps": 8}}], ["kda,128", {"pull_kernel64": {"num_warps": 8}, "scan_kernel": {"num_stages": 2}}],
-  ["kda,128", {"scan_kernel": {"num_stages": 3}, "pull_kernel64": {"BK": 32, "num_stages": 2}}],
-  ["rwkv7,64", {}], ["rwkv7,64", {"pull_kernel64": {"BK": 32}, "scan_kernel": {"num_stages": 2}, "gram_kernel": {"num_warps": 8}}], ["gla,128", {}], ["dp2,128", {}], ["dp2,128", {"scan_kernel": {"num_stages": 2}}], ["dp4,128", {}]]
+  ["kda,128", {}], ["kda,128", {"gram_kernel64": {"num_warps": 8}}], ["kda,128", {"gram_kernel64": {"BK": 32}, "pull_kernel64": {"num_stages": 2}, "scan_kernel": {"num_stages": 2}}], ["kda,128", {"pull_kernel64": {"BV": 64}}], ["kda,128", {"pull_kernel64": {"BV": 128}, "scan_kernel": {"num_stages": 3}}], ["rwkv7,64", {}], ["rwkv7,64", {"gram_kernel64": {"num_warps": 8}, "pull_kernel64": {"BV": 64}}], ["gla,128", {}], ["dp2,128", {}], ["dp2,128", {"pull_kernel64": {"BV": 64}}], ["dp4,128", {}]]
 ps = [subprocess.Popen(["timeout", "150", sys.executable, __file__, "child", c, json.dumps(o)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c, o in jobs]
 for (c, o), p in zip(jobs, ps):
     a, b = p.communicate()
-    print(a if p.returncode == 0 else f"## {c} {o} FAILED {p.returncode} {a} {b[-600:]}", flush=True)
+    print(a if p.returncode == 0 else f"## {c} {o} FAILED {p.returncode} {a} {b[-300:]}", flush=True)

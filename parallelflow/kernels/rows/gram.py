@@ -60,8 +60,8 @@ def gram_of_halves(sums, rows, tokens, decays, level, R: tl.constexpr, L: tl.con
 @triton.jit
 def gram_of_channels(sums, widest, inputs, outputs, place, scale, FLOOR: tl.constexpr, BK: tl.constexpr,
                      C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
-                     M: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, RAW: tl.constexpr,
-                     SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
+                     M: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+                     RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
                      READ_COEFFICIENT_HEADS: tl.constexpr, READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr,
                      LONE_HEADS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What BK channels with decays of their own add to the Gram matrices, and to the widest span of a block; their
