@@ -1,0 +1,95 @@
+"""The scans of ``kernels/rows/scan.py`` on Hopper GPUs: what they launch, for bfloat16 and float16, K of 64 or 128, V a
+multiple of 64 and 1, 2, 4, … rows of a family a token.  ``fits`` says whether they serve a problem."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..chunks import Chunks
+from ..launch import bind
+from ..rows.layout import SCALAR_DECAY, VECTOR_DECAY, Layout, heads_of
+from .descriptors import Descriptor, blocks, rows, vectors
+from .rows import rows_kernel
+
+SHARED_BYTES = 232_448  # that a program can have
+COLUMNS = 64  # of the values, in a program
+ELEMENT = 2  # bytes
+LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
+RINGS = ((3, 2), (3, 1), (2, 2))  # stages of the state's ring and buffers for handing over, the best that fits is taken
+
+
+def fits(layout: Layout, query: Tensor) -> bool:
+    """Whether the Hopper scan serves these rows, dtype and device."""
+    return (
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and layout.K in (64, 128)
+        and layout.V % COLUMNS == 0
+        and all(triton.next_power_of_2(count) == count for count in (layout.R, layout.L) if count)
+        and _coordinates(layout, query.shape[0] * query.shape[1]) <= LARGEST_COORDINATE
+    )
+
+
+def _coordinates(layout: Layout, tokens: int) -> int:
+    """More than any coordinate of a copy."""
+    chunks = 2 * tokens // layout.C + 1
+    return max(chunks * layout.value_heads * max(layout.V, 64), 2 * tokens * max(layout.R, layout.L, 1)) + 128
+
+
+def stage_bytes(layout: Layout, reverse: bool, source: bool) -> tuple[int, int]:
+    """Of a chunk's tiles in the state's ring and in the output's."""
+    given, saying = (layout.Q, layout.M) if reverse else (layout.M, layout.Q)
+    n, k = layout.N, layout.K
+    state = n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS)
+    return ELEMENT * state + 4 * k * (layout.decay == VECTOR_DECAY), ELEMENT * saying * (k + n + given)
+
+
+def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int]:
+    """How many chunks the rings hold, and how many buffers hand states and solutions over."""
+    state, output = stage_bytes(layout, reverse, source)
+    said = ELEMENT * COLUMNS * (layout.M if reverse else layout.Q)
+    for stages, pairs in RINGS:
+        over = ELEMENT * COLUMNS * (layout.K + layout.N)
+        taken = stages * state + say * (2 * output + said) + pairs * over + 1024
+        if taken <= SHARED_BYTES and (pairs == 2 or not save):
+            break
+    return {"STAGES": stages, "DEPTH": 2, "PAIRS": pairs}
+
+
+def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
+           total, source, given, initial, solution, said, states, final) -> None:  # fmt: skip
+    """One direction of the scan, as ``rows.scan.launch``."""
+    like = next(each for each in (says, writes, gives) if each is not None)
+    lone = (layout.L, layout.M)
+    (saying, s), (giving, g) = (lone, (1, layout.Q)) if reverse else ((1, layout.Q), lone)
+    k, n = layout.K, layout.N
+    say, save, solved = said is not None, states is not None, layout.R > 0
+    square = blocks(like)  # stands in for descriptors that are not read
+    vacant = torch.empty(0, dtype=torch.float32, device=like.device) if total is None else total
+
+    def tiles(tensor: Tensor | None, width: int, height: int, there: bool = True) -> Descriptor:
+        return square if tensor is None or not there else rows(tensor, width, height)
+
+    def matrices(tensor: Tensor | None, there: bool = True) -> Descriptor:
+        return square if tensor is None or not there else blocks(tensor, tensor.shape[-2])
+
+    bound = bind(
+        rows_kernel, C=layout.C, N=n, S=s, G=g, R=layout.R, SAYING=saying, GIVING=giving, K=k, DECAY=layout.decay,
+        REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=int(source is not None), SAY=int(say), SAVE=int(save),
+        INITIAL=int(initial is not None), FINAL=int(final is not None),
+        **rings(layout, reverse, source is not None, say, save), num_warps=4, maxnreg=168 if say else 240,
+    )  # fmt: skip
+    programs = chunks.sequences * layout.value_heads * (layout.V // COLUMNS)
+    if programs:
+        bound(
+            programs, tiles(reads, k, n), tiles(writes, k, n), tiles(says, k, s, say), tiles(gives, k, g),
+            matrices(inverse), matrices(couple), matrices(own, say), matrices(through, say),
+            tiles(source, COLUMNS, n), tiles(given, COLUMNS, g),
+            vectors(total, k) if layout.decay == VECTOR_DECAY else square,
+            tiles(solution, COLUMNS, n) if save or not solved else rows(like, COLUMNS, n), tiles(said, COLUMNS, s),
+            blocks(states) if save else square,
+            vacant, vacant if initial is None else initial, vacant if final is None else final,
+            chunks.cu_seqlens if chunks.packed else vacant, chunks.offsets if chunks.packed else vacant,
+            chunks.time, chunks.per_sequence, layout.value_heads, heads_of(source), heads_of(given), layout.V,
+        )  # fmt: skip
