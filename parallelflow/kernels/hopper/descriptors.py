@@ -53,9 +53,9 @@ def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int,
 def rows(tensor: torch.Tensor, width: int, height: int = CHUNK) -> Descriptor:
     """Chunks of `height` rows of a [rows, columns] view, `width` columns at a time, that can end anywhere.
 
-    The row axis appears twice: coordinates (a, b) name row a + b − height, and b is cut at height.  A chunk with `valid`
-    rows in its sequence is addressed as (first + valid, height − valid): rows past the end read as zero and are never
-    written, whatever lies there.
+    The row axis appears twice: coordinates (a, b) name row a + b − height, and b is cut at height.  A chunk with
+    `valid` rows in its sequence is addressed as (first + valid, height − valid): rows past the end read as zero and are
+    never written, whatever lies there.
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
     return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width, height)

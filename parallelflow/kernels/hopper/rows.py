@@ -8,8 +8,8 @@ The equations are those of ``kernels/rows/scan.py``. For a chunk with entry stat
 One program carries 64 value columns of one value head of one sequence. Everything it multiplies is transposed, so that
 its 64 columns are the 64 rows that a warpgroup's product has: S^T [64, K], X^T [64, N], said^T [64, S]. Its roles:
 
-    state   (4 warps)  keeps S^T in its accumulators, so that the products on the chain from chunk to chunk take their left
-                       operand from registers; hands S and X out in shared memory
+    state   (4 warps)  keeps S^T in its accumulators, so that the products on the chain from chunk to chunk take their
+                       left operand from registers; hands S and X out in shared memory
     output  (4 warps)  forms what is said, about one chunk behind, off the chain
     load    (1 warp)   fetches the tiles of the chunks ahead (TMA), in two rings: the state's and the output's
     store   (1 warp)   sends what is said and, on request, X and the entry states to memory (TMA)
@@ -33,7 +33,7 @@ from .primitives import chunk_window, locate_sequence, state_offsets, unpack
 @gluon.jit
 def ring(descriptor, COUNT: gl.constexpr):
     """Shared memory for COUNT blocks of a descriptor."""
-    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_type.shape, descriptor.layout)
+    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005
 
 
 @gluon.jit
@@ -146,7 +146,8 @@ def state_role(
             known = warpgroup_mma(given, couple, known, use_acc=SOURCE > 0, is_async=True)
             known = warpgroup_mma_wait(0, deps=(known,))
     if DECAY == 1:
-        total = gl.load(total_pointer + (chunk + (count - 1 if REVERSE else 0)) * heads + head, mask=count > 0, other=0.0)
+        i = count - 1 if REVERSE else 0
+        total = gl.load(total_pointer + (chunk + i) * heads + head, mask=count > 0, other=0.0)
     if DECAY == 2:
         total = total_tiles.index(0).load(along_keys)
     for j in range(count):

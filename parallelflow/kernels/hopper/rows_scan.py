@@ -7,15 +7,17 @@ from torch import Tensor
 
 from ..chunks import Chunks
 from ..launch import bind
-from ..rows.layout import SCALAR_DECAY, VECTOR_DECAY, Layout, heads_of
+from ..rows.layout import VECTOR_DECAY, Layout, heads_of
 from .descriptors import Descriptor, blocks, rows, vectors
 from .rows import rows_kernel
 
 SHARED_BYTES = 232_448  # that a program can have
 COLUMNS = 64  # of the values, in a program
 ELEMENT = 2  # bytes
+BARRIERS = 1024  # bytes, and what lies between tiles
 LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
-RINGS = ((3, 2), (3, 1), (2, 2))  # stages of the state's ring and buffers for handing over, the best that fits is taken
+RINGS = ((3, 2, 2), (3, 2, 1), (2, 2, 2))  # chunks in the state's and the output's ring, buffers for handing over
+KINDS = ((False, True, True, False), (False, True, False, True), (True, False, True, True))  # forward, again, reverse
 
 
 def fits(layout: Layout, query: Tensor) -> bool:
@@ -26,6 +28,7 @@ def fits(layout: Layout, query: Tensor) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and layout.K in (64, 128)
         and layout.V % COLUMNS == 0
+        and all(rings(layout, *kind) is not None for kind in KINDS)
         and all(triton.next_power_of_2(count) == count for count in (layout.R, layout.L) if count)
         and _coordinates(layout, query.shape[0] * query.shape[1]) <= LARGEST_COORDINATE
     )
@@ -45,16 +48,16 @@ def stage_bytes(layout: Layout, reverse: bool, source: bool) -> tuple[int, int]:
     return ELEMENT * state + 4 * k * (layout.decay == VECTOR_DECAY), ELEMENT * saying * (k + n + given)
 
 
-def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int]:
-    """How many chunks the rings hold, and how many buffers hand states and solutions over."""
+def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int] | None:
+    """The first of RINGS that fits shared memory; None where none does."""
     state, output = stage_bytes(layout, reverse, source)
     said = ELEMENT * COLUMNS * (layout.M if reverse else layout.Q)
-    for stages, pairs in RINGS:
-        over = ELEMENT * COLUMNS * (layout.K + layout.N)
-        taken = stages * state + say * (2 * output + said) + pairs * over + 1024
-        if taken <= SHARED_BYTES and (pairs == 2 or not save):
-            break
-    return {"STAGES": stages, "DEPTH": 2, "PAIRS": pairs}
+    handed = ELEMENT * COLUMNS * (layout.K + layout.N)
+    for stages, depth, pairs in RINGS:
+        taken = stages * state + say * (depth * output + said) + pairs * handed + BARRIERS
+        if taken <= SHARED_BYTES and (pairs == 2 or not save):  # a copy to memory is handed back a chunk later
+            return {"STAGES": stages, "DEPTH": depth, "PAIRS": pairs}
+    return None
 
 
 def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
@@ -69,7 +72,9 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     vacant = torch.empty(0, dtype=torch.float32, device=like.device) if total is None else total
 
     def tiles(tensor: Tensor | None, width: int, height: int, there: bool = True) -> Descriptor:
-        return square if tensor is None or not there else rows(tensor, width, height)
+        if tensor is None or not there:
+            return square
+        return rows(tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(), width, height)  # a copy needs that much
 
     def matrices(tensor: Tensor | None, there: bool = True) -> Descriptor:
         return square if tensor is None or not there else blocks(tensor, tensor.shape[-2])

@@ -8,7 +8,7 @@ from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, prepare
 from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import pull
-from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
+from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
 from parallelflow.problem import Inputs, Traits
 
 
@@ -46,27 +46,38 @@ class Rows:
         return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
 
 
-def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool, need_final_state: bool,
-            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+def scan_of(tier: str) -> Launch:
+    """What launches the scans of a tier, ``rows`` or ``hopper_rows``."""
+    if tier == "rows":
+        return launch
+    from parallelflow.kernels.hopper import rows_scan
+
+    return rows_scan.launch
+
+
+def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
+            need_final_state: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
     made."""
     rows = Rows(inputs, traits, sequence_starts)
     prepared = rows.prepare()
-    output, final = forward_scan(prepared, rows.source, rows.given, rows.layout, rows.chunks,
+    output, final = forward_scan(scan_of(tier), prepared, rows.source, rows.given, rows.layout, rows.chunks,
                                  initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
 
-def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, saved: list[Tensor],
+def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
              d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
     """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
     rows = Rows(inputs, traits, sequence_starts)
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
     prepared = rows.prepare() if not saved else _restored(saved, layout)
     d_output = d_output.contiguous()
-    entries, solution = recompute_scan(prepared, rows.source, rows.given, layout, chunks, initial_state=rows.initial)
+    scan = scan_of(tier)
+    entries, solution = recompute_scan(scan, prepared, rows.source, rows.given, layout, chunks,
+                                       initial_state=rows.initial)  # fmt: skip
     exits, d_source, d_given, d_initial = reverse_scan(
-        prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
+        scan, prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
         initial_gradient=rows.initial is not None)  # fmt: skip
     total = prepared.total
     del prepared, saved  # their memory is free for the gradients
