@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+from triton import next_power_of_2
 
 from parallelflow.kernels.rows.prepare import Prepared
 
@@ -49,15 +50,15 @@ def scan(layout, starts, reads, writes, says, gives, inverse, couple, own, throu
     def tile(array, first, last, head):
         places = array.shape[2]
         mine = array.reshape(tokens, places, array.shape[3], -1)[first:last, :, head * array.shape[3] // heads]
-        found = torch.zeros(layout.tile(places), array.shape[4], dtype=torch.float64)
-        found[: places * (last - first)] = mine.flatten(0, 1).double()
-        return found
+        padded = next_power_of_2(places)
+        found = torch.zeros(layout.tile(places) // padded, padded, array.shape[4], dtype=torch.float64)
+        found[: last - first, :places] = mine.double()
+        return found.flatten(0, 1)
 
     def put(target, rows, first, last, head):
         places = target.shape[2]
-        target.view(tokens, places, heads, -1)[first:last, :, head] = rows[: places * (last - first)].unflatten(
-            0, (-1, places)
-        )
+        found = rows.unflatten(0, (-1, next_power_of_2(places)))[: last - first, :places]
+        target.view(tokens, places, heads, -1)[first:last, :, head] = found
 
     said, solution = (
         None if x is None else torch.zeros(*x.shape[:3], heads, layout.V, dtype=torch.float64) for x in (says, reads)

@@ -24,6 +24,7 @@ KINDS = {
     "gla": (0, 1, 64, 128, 64, VECTOR_DECAY, 0),
     "rwkv7": (1, 1, 64, 64, 64, VECTOR_DECAY, 0),
     "product-2": (2, 0, 32, 128, 64, NO_DECAY, 2),
+    "product-3": (3, 0, 16, 128, 64, NO_DECAY, 2),
     "product-4": (4, 0, 16, 64, 128, SCALAR_DECAY, 2),
     "product-8": (8, 0, 8, 64, 64, NO_DECAY, 2),
     "mixed": (1, 4, 16, 64, 64, VECTOR_DECAY, 2),
@@ -59,7 +60,7 @@ def on_the_cpu(monkeypatch):
 
         return launch
 
-    for name in ("rows", "blocks", "vectors"):
+    for name in ("rows", "places", "blocks", "vectors"):
         monkeypatch.setattr(rows_scan, name, noting(getattr(rows_scan, name)))
     monkeypatch.setattr(rows_scan, "bind", bound)
 
@@ -103,3 +104,64 @@ def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
         close(d_source, exact[1], dtype, "gradient of U")
     if layout.L:
         close(d_given, exact[0], dtype, "gradient of the lone values")
+
+
+DIRECTIONS = {
+    "forward": lambda launch, p, source, given, d_output, initial, d_final, *where: forward_scan(
+        launch, p, source, given, *where, initial_state=initial, final_state=True),
+    "again": lambda launch, p, source, given, d_output, initial, d_final, *where: recompute_scan(
+        launch, p, source, given, *where, initial_state=initial),
+    "reverse": lambda launch, p, source, given, d_output, initial, d_final, *where: reverse_scan(
+        launch, p, d_output, *where, d_final_state=d_final, initial_gradient=True),
+}  # fmt: skip
+COMPILED = [
+    ("kda", "forward"), ("kda", "again"), ("kda", "reverse"), ("comba", "forward"), ("gla", "forward"),
+    ("gla", "reverse"), ("rwkv7", "forward"), ("rwkv7", "reverse"), ("product-2", "forward"), ("product-2", "reverse"),
+    ("product-3", "forward"), ("product-8", "reverse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "direction"), COMPILED)
+def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
+    """It fits a multiprocessor, spills nothing, and ptxas serialises none of its products."""
+    layout, source_heads = layout_of(kind)
+    dtype = torch.float16 if direction == "again" else torch.bfloat16
+    chunks = known_chunks(PACKED, layout.C, torch.device("cpu"))
+    made = []
+
+    def bound(kernel, **constants):
+        def launch(programs, *arguments):
+            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            types = {name: type_of(x) for name, x in zip(kernel.arg_names, arguments, strict=False)}
+            made.append(compile_for_hopper(kernel, types, options, constants["maxnreg"], constants["num_warps"]))
+
+        return launch
+
+    monkeypatch.setattr(rows_scan, "bind", bound)
+    arrays = rows_by_definition.draw(layout, chunks, 1, PACKED[-1], dtype, source_heads)
+    DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
+    (resources,) = made
+    assert resources.shared_bytes <= rows_scan.SHARED_BYTES
+    assert resources.spilled_bytes == 0
+    assert not resources.unwritten
+    assert not {"C7510", "C7512", "C7514"} & set(resources.remarks)
+
+
+def type_of(argument):
+    """How a signature names an argument's type."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+    if isinstance(argument, torch.Tensor):
+        return f"*{names[argument.dtype]}"
+    if isinstance(argument, int):
+        return "i32"
+    block = ",".join(map(str, argument.block_shape))
+    return f"tensordesc<{names[argument.base.dtype]}[{block}],{argument.layout!r}>"
+
+
+def test_what_fits():
+    """A case that shared memory cannot hold is left to the portable scan; so is every case without a Hopper GPU."""
+    layout, _ = layout_of("kda")
+    assert not rows_scan.fits(layout, torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16))
+    wide = Layout(C=64, R=1, L=1, heads=1, value_heads=1, K=128, V=128, decay=VECTOR_DECAY, raw=False, sequential=False)
+    assert rows_scan.rings(wide, False, False, True, False) is None
+    assert rows_scan.rings(wide, False, False, False, True) is not None

@@ -4,11 +4,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia import hopper
 
 CHUNK = 64
 _SWIZZLED_ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_SWIZZLED_PLACES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _NARROW = {  # matrices of fewer than 64 columns
     columns: gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2) for columns in (16, 32)
@@ -59,6 +61,29 @@ def rows(tensor: torch.Tensor, width: int, height: int = CHUNK) -> Descriptor:
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
     return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width, height)
+
+
+@lru_cache(maxsize=4096)
+def _places(address: int, dtype: torch.dtype, tokens: int, count: int, columns: int, width: int, height: int,
+            ) -> Descriptor:  # fmt: skip
+    padded = next_power_of_2(count)
+    size, token = height // padded, count * columns
+    start = _Address(address - size * token * dtype.itemsize, dtype)
+    return Descriptor(
+        start, [tokens + size + 1, size, count, columns], [token, token, columns, 1], [1, size, padded, width],
+        _SWIZZLED_PLACES,
+    )  # fmt: skip
+
+
+def places(tensor: torch.Tensor, width: int, height: int) -> Descriptor:
+    """Chunks of tokens of [B, T, count, heads, columns] in ``height`` rows, where the count is no power of two.
+
+    A token has as many rows of a tile as the next power of two; those beyond the count read as zero and are never
+    written. The coordinates are (a, b, 0, column) as for ``rows``, but in tokens.
+    """
+    count, columns = tensor.shape[2], tensor.shape[-1] * tensor.shape[-2]
+    tokens = tensor.numel() // (count * columns)
+    return _places(tensor.data_ptr(), tensor.dtype, tokens, count, columns, width, height)
 
 
 @lru_cache(maxsize=4096)

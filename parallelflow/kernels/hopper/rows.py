@@ -37,6 +37,34 @@ def ring(descriptor, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def fetch_rows(
+    descriptor, tile, full, first_token, end_token, i, column,
+    C: gl.constexpr, COUNT: gl.constexpr, HEIGHT: gl.constexpr,
+):  # fmt: skip
+    """A chunk's rows, COUNT a token, into a tile of HEIGHT of them."""
+    if COUNT & (COUNT - 1) == 0:
+        window, skip = chunk_window(first_token, end_token, i, C, COUNT, HEIGHT)
+        tma.async_copy_global_to_shared(descriptor, [window, skip, column], full, tile)
+    else:  # places are an axis of their own: those beyond the count are beyond its end
+        window, skip = chunk_window(first_token, end_token, i, C, 1, C)
+        tma.async_copy_global_to_shared(descriptor, [window, skip, 0, column], full, tile)
+
+
+@gluon.jit
+def send_rows(
+    descriptor, tile, first_token, end_token, i, column,
+    C: gl.constexpr, COUNT: gl.constexpr, HEIGHT: gl.constexpr,
+):  # fmt: skip
+    """The other way."""
+    if COUNT & (COUNT - 1) == 0:
+        window, skip = chunk_window(first_token, end_token, i, C, COUNT, HEIGHT)
+        tma.async_copy_shared_to_global(descriptor, [window, skip, column], tile)
+    else:
+        window, skip = chunk_window(first_token, end_token, i, C, 1, C)
+        tma.async_copy_shared_to_global(descriptor, [window, skip, 0, column], tile)
+
+
+@gluon.jit
 def fetch_for_state(
     descriptors, tiles, ready, free, first_token, end_token, i, j, matrix, source_column, given_column, head,
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
@@ -54,23 +82,20 @@ def fetch_for_state(
         + (DECAY == 2) * 4 * K,
     )
     if GIVING > 0:
-        window, skip = chunk_window(first_token, end_token, i, C, GIVING, G)
-        tma.async_copy_global_to_shared(given, [window, skip, given_column], full, given_tiles.index(slot))
+        fetch_rows(given, given_tiles.index(slot), full, first_token, end_token, i, given_column, C, GIVING, G)
         if R > 0:
             tma.async_copy_global_to_shared(couple, [matrix * (G if REVERSE else N), 0], full, couple_tiles.index(slot))
+    if SOURCE:
+        fetch_rows(source, source_tiles.index(slot), full, first_token, end_token, i, source_column, C, R, N)
     if R > 0:
-        window, skip = chunk_window(first_token, end_token, i, C, R, N)
-        if SOURCE:
-            tma.async_copy_global_to_shared(source, [window, skip, source_column], full, source_tiles.index(slot))
-        tma.async_copy_global_to_shared(reads, [window, skip, head * K], full, reads_tiles.index(slot))
+        fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
     if DECAY == 2:
         tma.async_copy_global_to_shared(totals, [matrix * K], full, total_tiles.index(slot))
     if R > 0:
         tma.async_copy_global_to_shared(inverse, [matrix * N, 0], full, inverse_tiles.index(slot))
-        tma.async_copy_global_to_shared(writes, [window, skip, head * K], full, writes_tiles.index(slot))
+        fetch_rows(writes, writes_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
     if GIVING > 0:
-        window, skip = chunk_window(first_token, end_token, i, C, GIVING, G)
-        tma.async_copy_global_to_shared(gives, [window, skip, head * K], full, gives_tiles.index(slot))
+        fetch_rows(gives, gives_tiles.index(slot), full, first_token, end_token, i, head * K, C, GIVING, G)
 
 
 @gluon.jit
@@ -98,10 +123,9 @@ def load_role(
                 matrix = (chunk + i) * heads + head
                 slot = j % DEPTH
                 full = heard.index(slot)
-                window, skip = chunk_window(first_token, end_token, i, C, SAYING, S)
                 mbarrier.wait(answered.index(slot), ((j // DEPTH) & 1) ^ 1)
                 mbarrier.expect(full, 2 * S * (K + (R > 0) * N + (GIVING > 0) * G))
-                tma.async_copy_global_to_shared(says, [window, skip, head * K], full, says_tiles.index(slot))
+                fetch_rows(says, says_tiles.index(slot), full, first_token, end_token, i, head * K, C, SAYING, S)
                 if R > 0:
                     row = matrix * (N if REVERSE else S)
                     tma.async_copy_global_to_shared(own, [row, 0], full, own_tiles.index(slot))
@@ -272,8 +296,7 @@ def store_role(
             row = ((chunk + i) * heads + head) * value_dim + first_column
             tma.async_copy_shared_to_global(states, [row, 0], entry_tiles.index(pair))
             if R > 0:
-                window, skip = chunk_window(first_token, end_token, i, C, R, N)
-                tma.async_copy_shared_to_global(solution, [window, skip, column], solution_tiles.index(pair))
+                send_rows(solution, solution_tiles.index(pair), first_token, end_token, i, column, C, R, N)
             # All but this chunk's copies have been read from shared memory: hand back the buffers of the chunk before.
             tma.store_wait(1 + SOLVED)
             if SAY:
@@ -281,10 +304,9 @@ def store_role(
             else:
                 mbarrier.arrive(taken.index(pair ^ 1), count=1, pred=j > 0)
         if SAY:
-            window, skip = chunk_window(first_token, end_token, i, C, SAYING, S)
             mbarrier.wait(said_ready, j & 1)
             fence_async_shared()
-            tma.async_copy_shared_to_global(said, [window, skip, column], said_tile)
+            send_rows(said, said_tile, first_token, end_token, i, column, C, SAYING, S)
             if SAVE:
                 tma.store_wait(1)
                 mbarrier.arrive(taken.index(pair), count=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..chunks import Chunks
 from ..launch import bind
 from ..rows.layout import VECTOR_DECAY, Layout, heads_of
-from .descriptors import Descriptor, blocks, rows, vectors
+from .descriptors import Descriptor, blocks, places, rows, vectors
 from .rows import rows_kernel
 
 SHARED_BYTES = 232_448  # that a program can have
@@ -22,6 +22,7 @@ KINDS = ((False, True, True, False), (False, True, False, True), (True, False, T
 
 def fits(layout: Layout, query: Tensor) -> bool:
     """Whether the Hopper scan serves these rows, dtype and device."""
+    families = [count for count in (layout.R, layout.L) if count]
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device)[0] == 9
@@ -29,9 +30,15 @@ def fits(layout: Layout, query: Tensor) -> bool:
         and layout.K in (64, 128)
         and layout.V % COLUMNS == 0
         and all(rings(layout, *kind) is not None for kind in KINDS)
-        and all(triton.next_power_of_2(count) == count for count in (layout.R, layout.L) if count)
+        and all(
+            _is_power(count) or layout.tile(count) == layout.C * triton.next_power_of_2(count) for count in families
+        )
         and _coordinates(layout, query.shape[0] * query.shape[1]) <= LARGEST_COORDINATE
     )
+
+
+def _is_power(count: int) -> bool:
+    return count & (count - 1) == 0
 
 
 def _coordinates(layout: Layout, tokens: int) -> int:
@@ -67,23 +74,28 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     lone = (layout.L, layout.M)
     (saying, s), (giving, g) = (lone, (1, layout.Q)) if reverse else ((1, layout.Q), lone)
     k, n = layout.K, layout.N
-    say, save, solved = said is not None, states is not None, layout.R > 0
+    say, save = said is not None, states is not None
     square = blocks(like)  # stands in for descriptors that are not read
     vacant = torch.empty(0, dtype=torch.float32, device=like.device) if total is None else total
 
     def tiles(tensor: Tensor | None, width: int, height: int, there: bool = True) -> Descriptor:
         if tensor is None or not there:
             return square
-        return rows(tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(), width, height)  # a copy needs that much
+        if tensor.data_ptr() % 16:  # a copy needs that much
+            tensor = tensor.clone()
+        make = rows if tensor.ndim == 4 or _is_power(tensor.shape[2]) else places
+        return make(tensor, width, height)
 
     def matrices(tensor: Tensor | None, there: bool = True) -> Descriptor:
         return square if tensor is None or not there else blocks(tensor, tensor.shape[-2])
 
+    room = rings(layout, reverse, source is not None, say, save)
+    assert room is not None, "what does not fit is not launched"
     bound = bind(
         rows_kernel, C=layout.C, N=n, S=s, G=g, R=layout.R, SAYING=saying, GIVING=giving, K=k, DECAY=layout.decay,
         REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=int(source is not None), SAY=int(say), SAVE=int(save),
         INITIAL=int(initial is not None), FINAL=int(final is not None),
-        **rings(layout, reverse, source is not None, say, save), num_warps=4, maxnreg=168 if say else 240,
+        **room, num_warps=4, maxnreg=168 if say else 240,
     )  # fmt: skip
     programs = chunks.sequences * layout.value_heads * (layout.V // COLUMNS)
     if programs:
@@ -92,7 +104,7 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
             matrices(inverse), matrices(couple), matrices(own, say), matrices(through, say),
             tiles(source, COLUMNS, n), tiles(given, COLUMNS, g),
             vectors(total, k) if layout.decay == VECTOR_DECAY else square,
-            tiles(solution, COLUMNS, n) if save or not solved else rows(like, COLUMNS, n), tiles(said, COLUMNS, s),
+            tiles(solution if save else writes, COLUMNS, n), tiles(said, COLUMNS, s),
             blocks(states) if save else square,
             vacant, vacant if initial is None else initial, vacant if final is None else final,
             chunks.cu_seqlens if chunks.packed else vacant, chunks.offsets if chunks.packed else vacant,
