@@ -14,7 +14,7 @@ import types
 import torch
 from gluon_on_cpu import Shared, Value, inside, language, plain_functions, raw
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 20.0  # seconds
 
 
 class Descriptor:

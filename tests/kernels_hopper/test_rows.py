@@ -29,7 +29,12 @@ KINDS = {
     "product-8": (8, 0, 8, 64, 64, NO_DECAY, 2),
     "mixed": (1, 4, 16, 64, 64, VECTOR_DECAY, 2),
 }
-PACKED = (0, 70, 70, 71, 141)
+
+
+def lengths(layout, packed):
+    """Where sequences begin: one of two chunks, one empty, one of a token, one longer than the rings; or two alike."""
+    c = layout.C
+    return (0, c + 6, c + 6, c + 7, 6 * c + 16) if packed else (0, 2 * c + 22, 4 * c + 44)
 
 
 def layout_of(kind, heads=2):
@@ -76,8 +81,8 @@ def close(found, exact, dtype, what):
 def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
     dtype = torch.float16 if packed else torch.bfloat16
     layout, source_heads = layout_of(kind)
-    batch, time = (1, PACKED[-1]) if packed else (2, 150 if layout.C > 16 else 37)
-    starts = PACKED if packed else (0, time, 2 * time)
+    starts = lengths(layout, packed)
+    batch, time = (1, starts[-1]) if packed else (2, starts[1])
     chunks = known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(batch, time, layout.C)
     p, source, given, d_output, initial, d_final = rows_by_definition.draw(
         layout, chunks, batch, time, dtype, source_heads)  # fmt: skip
@@ -126,7 +131,8 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
     """It fits a multiprocessor, spills nothing, and ptxas serialises none of its products."""
     layout, source_heads = layout_of(kind)
     dtype = torch.float16 if direction == "again" else torch.bfloat16
-    chunks = known_chunks(PACKED, layout.C, torch.device("cpu"))
+    starts = lengths(layout, True)
+    chunks = known_chunks(starts, layout.C, torch.device("cpu"))
     made = []
 
     def bound(kernel, **constants):
@@ -138,7 +144,7 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
         return launch
 
     monkeypatch.setattr(rows_scan, "bind", bound)
-    arrays = rows_by_definition.draw(layout, chunks, 1, PACKED[-1], dtype, source_heads)
+    arrays = rows_by_definition.draw(layout, chunks, 1, starts[-1], dtype, source_heads)
     DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
     (resources,) = made
     assert resources.shared_bytes <= rows_scan.SHARED_BYTES
