@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from triton import next_power_of_2
 
+from parallelflow.kernels.rows.layout import Factor
 from parallelflow.kernels.rows.prepare import Prepared
 
 SMALL = 0.3  # what a chunk's rows add to the state, at most about this part of it
@@ -32,7 +33,10 @@ def draw(layout, chunks, batch, time, dtype, source):
         lone_scores=normal(count, q, m, scale=SMALL / m**0.5) if lone else None,
         total=None if channels is None else torch.rand(count, *channels, generator=generator),
     )
-    values = normal(batch, time, r, source, v) if source else None
+    values = None
+    if source:
+        weights = torch.rand(batch, time, r, heads, generator=generator) if r > 1 or source > 1 else None
+        values = Factor(normal(batch, time, r, source, v), weights)
     given = normal(batch, time, lone, heads, v) if lone else None
     d_output = normal(batch, time, heads, v)
     states = torch.randn(2, chunks.sequences, heads, k, v, generator=generator)
@@ -60,6 +64,11 @@ def scan(layout, starts, reads, writes, says, gives, inverse, couple, own, throu
         found = rows.unflatten(0, (-1, next_power_of_2(places)))[: last - first, :places]
         target.view(tokens, places, heads, -1)[first:last, :, head] = found
 
+    if source is not None:
+        values, weights = source.vector.double(), source.coefficient
+        source = (
+            values if weights is None else values.repeat_interleave(heads // values.shape[3], 3) * weights[..., None]
+        )
     said, solution = (
         None if x is None else torch.zeros(*x.shape[:3], heads, layout.V, dtype=torch.float64) for x in (says, reads)
     )

@@ -70,16 +70,18 @@ def fetch_for_state(
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
     DECAY: gl.constexpr, SOURCE: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads, writes, says, gives, inverse, couple, own, through, source, given, totals = descriptors
-    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, total_tiles = tiles
+    reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
+    weight_tiles, total_tiles = vector_tiles
+    weights, totals = vectors
     slot = j % STAGES
     full = ready.index(slot)
     COUPLED: gl.constexpr = (R > 0) and (GIVING > 0)
     mbarrier.wait(free.index(slot), ((j // STAGES) & 1) ^ 1)
     mbarrier.expect(
         full,
-        2 * ((R > 0) * N * (2 * K + N) + SOURCE * N * 64 + (GIVING > 0) * G * (K + 64) + COUPLED * N * G)
-        + (DECAY == 2) * 4 * K,
+        2 * ((R > 0) * N * (2 * K + N) + (SOURCE > 0) * N * 64 + (GIVING > 0) * G * (K + 64) + COUPLED * N * G)
+        + 4 * ((SOURCE == 2) * N + (DECAY == 2) * K),
     )
     if GIVING > 0:
         fetch_rows(given, given_tiles.index(slot), full, first_token, end_token, i, given_column, C, GIVING, G)
@@ -87,6 +89,8 @@ def fetch_for_state(
             tma.async_copy_global_to_shared(couple, [matrix * (G if REVERSE else N), 0], full, couple_tiles.index(slot))
     if SOURCE:
         fetch_rows(source, source_tiles.index(slot), full, first_token, end_token, i, source_column, C, R, N)
+    if SOURCE == 2:
+        tma.async_copy_global_to_shared(weights, [matrix * N], full, weight_tiles.index(slot))
     if R > 0:
         fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
     if DECAY == 2:
@@ -106,7 +110,7 @@ def load_role(
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, SOURCE: gl.constexpr, SAY: gl.constexpr,
     STAGES: gl.constexpr, DEPTH: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads, writes, says, gives, inverse, couple, own, through, source, given, totals = descriptors
+    reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
     says_tiles, own_tiles, through_tiles = outer
     # The output is a chunk behind: its tiles come after the state's of the chunk that follows.
     for step in range(count + SAY):
@@ -141,7 +145,8 @@ def state_role(
     SOURCE: gl.constexpr, HAND: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr, STAGES: gl.constexpr,
     PAIRS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, total_tiles = tiles
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
+    weight_tiles, total_tiles = vector_tiles
     entry_tiles, solution_tiles, handed, taken = handover
     dtype: gl.constexpr = entry_tiles.dtype
     rows_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -152,6 +157,7 @@ def state_role(
     )
     rows_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=rows_layout, k_width=2)
     state_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=state_layout, k_width=2)
+    along_rows: gl.constexpr = gl.SliceLayout(0, rows_layout)
     along_keys: gl.constexpr = gl.SliceLayout(0, state_layout)
     KNOWN: gl.constexpr = (SOURCE > 0) or (GIVING > 0)  # whether a part of X does not depend on the state
     zero = gl.zeros([64, N if R > 0 else 64], gl.float32, rows_layout)
@@ -164,6 +170,8 @@ def state_role(
     if R > 0:
         if SOURCE:
             known = unpack(source_tiles.index(0).reshape([N, 64]).permute((1, 0)).load(rows_layout))
+        if SOURCE == 2:
+            known = known * weight_tiles.index(0).load(along_rows)[None, :]
         if GIVING > 0:
             given = given_tiles.index(0).reshape([G, 64]).permute((1, 0))
             couple = couple_tiles.index(0) if REVERSE else couple_tiles.index(0).permute((1, 0))
@@ -221,6 +229,8 @@ def state_role(
         if R > 0:
             if SOURCE:
                 known = unpack(source_tiles.index(following).reshape([N, 64]).permute((1, 0)).load(rows_layout))
+            if SOURCE == 2:
+                known = known * weight_tiles.index(following).load(along_rows)[None, :]
             if GIVING > 0:
                 given = given_tiles.index(following).reshape([G, 64]).permute((1, 0))
                 couple = couple_tiles.index(following) if REVERSE else couple_tiles.index(following).permute((1, 0))
@@ -240,7 +250,7 @@ def output_role(
     N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
     STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, total_tiles = inner
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = inner
     says_tiles, own_tiles, through_tiles = outer
     entry_tiles, solution_tiles, handed, taken = handover
     said_tile, said_ready, said_free = outward
@@ -318,15 +328,16 @@ def store_role(
 
 @gluon.jit(do_not_specialize=["time", "per_sequence", "heads", "source_heads", "given_heads", "value_dim"])
 def rows_kernel(
-    reads, writes, says, gives, inverse, couple, own, through, source, given, totals, solution, said, states,
+    reads, writes, says, gives, inverse, couple, own, through, source, weights, given, totals, solution, said, states,
     total, initial, final, cu_seqlens, offsets, time, per_sequence, heads, source_heads, given_heads, value_dim,
     C: gl.constexpr, N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SAYING: gl.constexpr,
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr,
     SOURCE: gl.constexpr, SAY: gl.constexpr, SAVE: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
     STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G).  STAGES and DEPTH
-    are the chunks that the state's and the output's ring hold, PAIRS the buffers for handing S and X over."""
+    """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G).  SOURCE: no U (0),
+    U as it is (1), or times a weight a row (2).  STAGES and DEPTH are the chunks that the state's and the output's ring
+    hold, PAIRS the buffers for handing S and X over."""
     program = gl.program_id(0)
     parts = value_dim // 64
     first_column = program % parts * 64
@@ -352,6 +363,7 @@ def rows_kernel(
     gives_tiles = ring(gives, STAGES) if GIVEN else entry_tiles
     given_tiles = ring(given, STAGES) if GIVEN else entry_tiles
     couple_tiles = ring(couple, STAGES) if SOLVED and GIVEN else entry_tiles
+    weight_tiles = ring(weights, STAGES) if SOURCE == 2 else entry_tiles
     total_tiles = ring(totals, STAGES) if DECAY == 2 else entry_tiles
     says_tiles = ring(says, DEPTH) if SAY else entry_tiles
     own_tiles = ring(own, DEPTH) if SAY and SOLVED else entry_tiles
@@ -379,10 +391,11 @@ def rows_kernel(
     mbarrier.init(said_ready, count=1)
     mbarrier.init(said_free, count=1)
 
-    sources = (reads, writes, says, gives, inverse, couple, own, through, source, given, totals)
+    sources = (reads, writes, says, gives, inverse, couple, own, through, source, given, (weights, totals))
     targets = (solution, said, states)
     inner = (
-        reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, total_tiles,
+        reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles,
+        (weight_tiles, total_tiles),
     )  # fmt: skip
     outer = (says_tiles, own_tiles, through_tiles)
     handover = (entry_tiles, solution_tiles, handed, taken)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..chunks import Chunks
 from ..launch import bind
 from ..rows.layout import VECTOR_DECAY, Layout, heads_of
+from ..rows.products import weights_of
 from .descriptors import Descriptor, blocks, places, rows, vectors
 from .rows import rows_kernel
 
@@ -52,7 +53,7 @@ def stage_bytes(layout: Layout, reverse: bool, source: bool) -> tuple[int, int]:
     given, saying = (layout.Q, layout.M) if reverse else (layout.M, layout.Q)
     n, k = layout.N, layout.K
     state = n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS)
-    return ELEMENT * state + 4 * k * (layout.decay == VECTOR_DECAY), ELEMENT * saying * (k + n + given)
+    return ELEMENT * state + 4 * (k * (layout.decay == VECTOR_DECAY) + n * source), ELEMENT * saying * (k + n + given)
 
 
 def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int] | None:
@@ -89,24 +90,27 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     def matrices(tensor: Tensor | None, there: bool = True) -> Descriptor:
         return square if tensor is None or not there else blocks(tensor, tensor.shape[-2])
 
+    values = weights = None
+    if source is not None:
+        values, weights = source.vector, weights_of(source, layout, chunks)
     room = rings(layout, reverse, source is not None, say, save)
     assert room is not None, "what does not fit is not launched"
     bound = bind(
         rows_kernel, C=layout.C, N=n, S=s, G=g, R=layout.R, SAYING=saying, GIVING=giving, K=k, DECAY=layout.decay,
-        REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=int(source is not None), SAY=int(say), SAVE=int(save),
-        INITIAL=int(initial is not None), FINAL=int(final is not None),
-        **room, num_warps=4, maxnreg=168 if say else 240,
+        REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=(values is not None) + (weights is not None),
+        SAY=int(say), SAVE=int(save), INITIAL=int(initial is not None), FINAL=int(final is not None), **room,
+        num_warps=4, maxnreg=168 if say else 240,
     )  # fmt: skip
     programs = chunks.sequences * layout.value_heads * (layout.V // COLUMNS)
     if programs:
         bound(
             programs, tiles(reads, k, n), tiles(writes, k, n), tiles(says, k, s, say), tiles(gives, k, g),
             matrices(inverse), matrices(couple), matrices(own, say), matrices(through, say),
-            tiles(source, COLUMNS, n), tiles(given, COLUMNS, g),
+            tiles(values, COLUMNS, n), square if weights is None else vectors(weights, n), tiles(given, COLUMNS, g),
             vectors(total, k) if layout.decay == VECTOR_DECAY else square,
             tiles(solution if save else writes, COLUMNS, n), tiles(said, COLUMNS, s),
             blocks(states) if save else square,
             vacant, vacant if initial is None else initial, vacant if final is None else final,
             chunks.cu_seqlens if chunks.packed else vacant, chunks.offsets if chunks.packed else vacant,
-            chunks.time, chunks.per_sequence, layout.value_heads, heads_of(source), heads_of(given), layout.V,
+            chunks.time, chunks.per_sequence, layout.value_heads, heads_of(values), heads_of(given), layout.V,
         )  # fmt: skip

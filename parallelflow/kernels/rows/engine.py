@@ -36,9 +36,11 @@ class Rows:
         self.lone = None
         if inputs.lone_value is not None:
             self.lone = Factor(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
-        self.source, self.given = (
-            None if factor is None else product(factor, layout.value_heads) for factor in (self.value, self.lone)
-        )
+        self.source, self.given = self.value, None
+        if self.value is not None and not self.value.a_row:
+            self.source = Factor(product(self.value, layout.value_heads))
+        if self.lone is not None:
+            self.given = product(self.lone, layout.value_heads)
         self.initial = None if inputs.initial_state is None else inputs.initial_state.float()
 
     def prepare(self) -> Prepared:

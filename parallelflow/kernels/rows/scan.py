@@ -22,9 +22,9 @@ from torch import Tensor
 from parallelflow.kernels.chunks import Chunks, locate_sequence
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.products import float32_precision, product
-from parallelflow.kernels.rows.factors import load_rows, store_rows
-from parallelflow.kernels.rows.layout import SMALLEST_TILE, Layout, heads_of, width_of
-from parallelflow.kernels.rows.prepare import Prepared
+from parallelflow.kernels.rows.factors import load_factor, load_rows, store_rows
+from parallelflow.kernels.rows.layout import SMALLEST_TILE, Factor, Layout, heads_of, width_of
+from parallelflow.kernels.rows.prepare import Prepared, of_factor
 
 Launch = Callable[..., None]  # ``launch`` below, or Hopper's
 
@@ -40,13 +40,14 @@ def matrix(base, flat, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.con
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
-def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total, source, given, initial,
-                solution, said, states, final, cu_seqlens, offsets, time, per_sequence,
+def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total, source, source_coefficient, given,
+                initial, solution, said, states, final, cu_seqlens, offsets, time, per_sequence,
                 C: tl.constexpr, N: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
                 R: tl.constexpr, SAYING: tl.constexpr, GIVING: tl.constexpr,
                 HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                 DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SOURCE: tl.constexpr,
-                SOURCE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, SAY: tl.constexpr, SAVE: tl.constexpr,
+                SOURCE_HEADS: tl.constexpr, SOURCE_KIND: tl.constexpr, SOURCE_COEFFICIENT_HEADS: tl.constexpr,
+                SOURCE_SIGN: tl.constexpr, GIVEN_HEADS: tl.constexpr, SAY: tl.constexpr, SAVE: tl.constexpr,
                 HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G)."""
     tiles = tl.cdiv(V, BV)
@@ -81,7 +82,9 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
             a = load_rows(reads, first, length, head, column, N, R, HV, HV, K)
             x = tl.dot(entering, tl.trans(a), input_precision=PRECISION)
             if SOURCE:
-                x += tl.trans(load_rows(source, first, length, head, channel, N, R, HV, SOURCE_HEADS, V)).to(tl.float32)
+                v = load_factor(source, source_coefficient, first, length, head, channel, N, R, HV, SOURCE_HEADS,
+                                SOURCE_KIND, SOURCE_COEFFICIENT_HEADS, SOURCE_SIGN, V)  # fmt: skip
+                x += tl.trans(v)
             if GIVING > 0:
                 x += tl.dot(u, matrix(couple, flat, N, G, REVERSE), input_precision=PRECISION)
             x = product(x, matrix(inverse, flat, N, N, REVERSE), PRECISION).to(DTYPE)
@@ -127,14 +130,15 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     bound = bind(
         scan_kernel, C=layout.C, N=layout.N, S=saying[1], G=giving[1], R=layout.R, SAYING=saying[0], GIVING=giving[0],
         HV=layout.value_heads, K=layout.K, V=layout.V, DECAY=layout.decay, REVERSE=reverse, PACKED=chunks.packed,
-        SOURCE=source is not None, SOURCE_HEADS=heads_of(source),
-        GIVEN_HEADS=heads_of(given), SAY=said is not None, SAVE=states is not None,
+        SOURCE=source is not None, **of_factor("SOURCE", source), GIVEN_HEADS=heads_of(given),
+        SAY=said is not None, SAVE=states is not None,
         HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, PRECISION=float32_precision(like.device),
         **options)  # fmt: skip
+    values, coefficient = (None, None) if source is None else (source.vector, source.coefficient)
     programs = chunks.sequences * layout.value_heads * triton.cdiv(layout.V, options["BV"])
     if programs:
-        bound(programs, reads, writes, says, gives, inverse, couple, own, through, total, source, given, initial,
-              solution, said, states, final, chunks.cu_seqlens, chunks.offsets, chunks.time,
+        bound(programs, reads, writes, says, gives, inverse, couple, own, through, total, values, coefficient, given,
+              initial, solution, said, states, final, chunks.cu_seqlens, chunks.offsets, chunks.time,
               chunks.per_sequence)  # fmt: skip
 
 
@@ -144,7 +148,7 @@ def _state(like: Tensor, layout: Layout, chunks: Chunks, there: bool) -> Tensor 
     return like.new_empty(chunks.sequences, layout.value_heads, layout.K, layout.V, dtype=torch.float32)
 
 
-def forward_scan(launch: Launch, prepared: Prepared, source: Tensor | None, given: Tensor | None, layout: Layout,
+def forward_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
                  chunks: Chunks, *, initial_state: Tensor | None,
                  final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs ``[B, T, HV, V]`` and, if asked, the final states ``[N, HV, K, V]`` in float32."""
@@ -157,7 +161,7 @@ def forward_scan(launch: Launch, prepared: Prepared, source: Tensor | None, give
     return output, final
 
 
-def recompute_scan(launch: Launch, prepared: Prepared, source: Tensor | None, given: Tensor | None, layout: Layout,
+def recompute_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
                    chunks: Chunks, *, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Transposed states at the chunks' entries ``[chunks, HV, V, K]`` and X ``[B, T, R, HV, V]``."""
     states, solution = _kept(prepared, layout, chunks)
