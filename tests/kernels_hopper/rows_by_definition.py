@@ -43,6 +43,30 @@ def draw(layout, chunks, batch, time, dtype, source):
     return prepared, values, given, d_output, *states
 
 
+def weights_of(factor, layout, chunks):
+    """A factor's coefficients as the rows lie in each chunk, [chunks, HV, N]."""
+    if factor.coefficient is None:
+        return None
+    rows = factor.sign * factor.coefficient.flatten(0, 1)  # [tokens, places, heads]
+    found = torch.zeros(chunks.count, layout.value_heads, layout.N // layout.C, layout.C)
+    for number, (first, length) in enumerate(chunk_table(chunks)):
+        mine = rows[first : first + length].repeat_interleave(layout.value_heads // rows.shape[2], 2)
+        found[number, :, : mine.shape[1], :length] = mine.permute(2, 1, 0)
+    return found.mT.flatten(2).contiguous()
+
+
+def chunk_table(chunks):
+    """First token and number of tokens of each chunk."""
+    if chunks.packed:
+        return chunks.table.tolist()
+    steps = range(0, chunks.time, chunks.size)
+    return [
+        (sequence * chunks.time + step, min(chunks.time - step, chunks.size))
+        for sequence in range(chunks.sequences)
+        for step in steps
+    ]
+
+
 def scan(layout, starts, reads, writes, says, gives, inverse, couple, own, through, total, source, given, state,
          reverse):  # fmt: skip
     """Said, X, the chunks' entry states [K, V] and the final ones; rows are [B, T, places, heads, columns]."""

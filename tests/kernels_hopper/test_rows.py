@@ -10,7 +10,8 @@ import rows_by_definition
 
 from parallelflow.kernels.chunks import known_chunks, regular_chunks
 from parallelflow.kernels.hopper import rows_scan
-from parallelflow.kernels.rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, Layout
+from parallelflow.kernels.rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, Factor, Layout
+from parallelflow.kernels.rows.products import weights_of
 from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
 from parallelflow.testing import relative_error
 
@@ -68,6 +69,7 @@ def on_the_cpu(monkeypatch):
     for name in ("rows", "places", "blocks", "vectors"):
         monkeypatch.setattr(rows_scan, name, noting(getattr(rows_scan, name)))
     monkeypatch.setattr(rows_scan, "bind", bound)
+    monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
 
 
 def close(found, exact, dtype, what):
@@ -128,7 +130,8 @@ COMPILED = [
 
 @pytest.mark.parametrize(("kind", "direction"), COMPILED)
 def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
-    """It fits a multiprocessor, spills nothing, and ptxas serialises none of its products."""
+    """It takes no more of a multiprocessor's memory than was reckoned, spills nothing, and ptxas serialises none of its
+    products."""
     layout, source_heads = layout_of(kind)
     dtype = torch.float16 if direction == "again" else torch.bfloat16
     starts = lengths(layout, True)
@@ -139,15 +142,19 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
         def launch(programs, *arguments):
             options = {name: value for name, value in constants.items() if name in kernel.arg_names}
             types = {name: type_of(x) for name, x in zip(kernel.arg_names, arguments, strict=False)}
+            made.append(options)
             made.append(compile_for_hopper(kernel, types, options, constants["maxnreg"], constants["num_warps"]))
 
         return launch
 
     monkeypatch.setattr(rows_scan, "bind", bound)
+    monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
     arrays = rows_by_definition.draw(layout, chunks, 1, starts[-1], dtype, source_heads)
     DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
-    (resources,) = made
-    assert resources.shared_bytes <= rows_scan.SHARED_BYTES
+    options, resources = made
+    room = (options[name] for name in ("STAGES", "DEPTH", "PAIRS"))
+    reckoned = rows_scan.shared_bytes(layout, options["REVERSE"], options["SOURCE"] > 0, options["SAY"], *room)
+    assert resources.shared_bytes <= reckoned <= rows_scan.SHARED_BYTES
     assert resources.spilled_bytes == 0
     assert not resources.unwritten
     assert not {"C7510", "C7512", "C7514"} & set(resources.remarks)
@@ -171,3 +178,17 @@ def test_what_fits():
     wide = Layout(C=64, R=1, L=1, heads=1, value_heads=1, K=128, V=128, decay=VECTOR_DECAY, raw=False, sequential=False)
     assert rows_scan.rings(wide, False, False, True, False) is None
     assert rows_scan.rings(wide, False, False, False, True) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compared in Triton's interpreter")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["kda", "product-3", "product-8"])
+def test_weights_lie_as_the_rows_do(kind, packed):
+    layout, _ = layout_of(kind, heads=6)
+    starts = lengths(layout, packed)
+    batch, time = (1, starts[-1]) if packed else (2, starts[1])
+    chunks = known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(batch, time, layout.C)
+    coefficient = torch.randn(batch, time, layout.R, 3, generator=torch.Generator().manual_seed(0))
+    factor = Factor(coefficient[..., None], coefficient, -1)
+    found = weights_of(factor, layout, chunks)
+    assert torch.equal(found, rows_by_definition.weights_of(factor, layout, chunks))

@@ -15,7 +15,7 @@ from .rows import rows_kernel
 SHARED_BYTES = 232_448  # that a program can have
 COLUMNS = 64  # of the values, in a program
 ELEMENT = 2  # bytes
-BARRIERS = 1024  # bytes, and what lies between tiles
+BARRIERS = 768  # bytes, and what the roles hand one another there
 LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
 RINGS = ((3, 2, 2), (3, 2, 1), (2, 2, 2))  # chunks in the state's and the output's ring, buffers for handing over
 KINDS = ((False, True, True, False), (False, True, False, True), (True, False, True, True))  # forward, again, reverse
@@ -48,22 +48,21 @@ def _coordinates(layout: Layout, tokens: int) -> int:
     return max(chunks * layout.value_heads * max(layout.V, 64), 2 * tokens * max(layout.R, layout.L, 1)) + 128
 
 
-def stage_bytes(layout: Layout, reverse: bool, source: bool) -> tuple[int, int]:
-    """Of a chunk's tiles in the state's ring and in the output's."""
+def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, stages: int, depth: int, pairs: int) -> int:
+    """What a program takes with such rings."""
     given, saying = (layout.Q, layout.M) if reverse else (layout.M, layout.Q)
     n, k = layout.N, layout.K
-    state = n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS)
-    return ELEMENT * state + 4 * (k * (layout.decay == VECTOR_DECAY) + n * source), ELEMENT * saying * (k + n + given)
+    state = ELEMENT * (n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS))
+    vectors = 4 * (k * (layout.decay == VECTOR_DECAY) + n * source)
+    output = ELEMENT * saying * (depth * (k + n + given) + COLUMNS)
+    return stages * (state + vectors) + say * output + pairs * ELEMENT * COLUMNS * (k + n) + BARRIERS
 
 
 def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int] | None:
     """The first of RINGS that fits shared memory; None where none does."""
-    state, output = stage_bytes(layout, reverse, source)
-    said = ELEMENT * COLUMNS * (layout.M if reverse else layout.Q)
-    handed = ELEMENT * COLUMNS * (layout.K + layout.N)
     for stages, depth, pairs in RINGS:
-        taken = stages * state + say * (depth * output + said) + pairs * handed + BARRIERS
-        if taken <= SHARED_BYTES and (pairs == 2 or not save):  # a copy to memory is handed back a chunk later
+        fitting = shared_bytes(layout, reverse, source, say, stages, depth, pairs) <= SHARED_BYTES
+        if fitting and (pairs == 2 or not save):  # a copy to memory is handed back a chunk later
             return {"STAGES": stages, "DEPTH": depth, "PAIRS": pairs}
     return None
 
