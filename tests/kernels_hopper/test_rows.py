@@ -178,6 +178,9 @@ def test_what_fits():
     wide = Layout(C=64, R=1, L=1, heads=1, value_heads=1, K=128, V=128, decay=VECTOR_DECAY, raw=False, sequential=False)
     assert rows_scan.rings(wide, False, False, True, False) is None
     assert rows_scan.rings(wide, False, False, False, True) is not None
+    for tokens, reached in ((2**25, True), (2**26, False)):  # 2 heads of 128 in chunks of 64: 2**31 of the second
+        chunks = regular_chunks(1, tokens * 8, layout.C)
+        assert rows_scan.reaches(layout, chunks) == reached
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compared in Triton's interpreter")

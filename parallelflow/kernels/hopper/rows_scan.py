@@ -9,7 +9,7 @@ from ..chunks import Chunks
 from ..launch import bind
 from ..rows.layout import VECTOR_DECAY, Layout, heads_of
 from ..rows.products import weights_of
-from .descriptors import Descriptor, blocks, places, rows, vectors
+from .descriptors import CHUNK, Descriptor, blocks, places, rows, vectors
 from .rows import rows_kernel
 
 SHARED_BYTES = 232_448  # that a program can have
@@ -22,7 +22,7 @@ KINDS = ((False, True, True, False), (False, True, False, True), (True, False, T
 
 
 def fits(layout: Layout, query: Tensor) -> bool:
-    """Whether the Hopper scan serves these rows, dtype and device."""
+    """Whether the Hopper scan serves these rows, dtype and device, where it ``reaches``."""
     families = [count for count in (layout.R, layout.L) if count]
     return (
         query.is_cuda
@@ -34,7 +34,6 @@ def fits(layout: Layout, query: Tensor) -> bool:
         and all(
             _is_power(count) or layout.tile(count) == layout.C * triton.next_power_of_2(count) for count in families
         )
-        and _coordinates(layout, query.shape[0] * query.shape[1]) <= LARGEST_COORDINATE
     )
 
 
@@ -42,10 +41,11 @@ def _is_power(count: int) -> bool:
     return count & (count - 1) == 0
 
 
-def _coordinates(layout: Layout, tokens: int) -> int:
-    """More than any coordinate of a copy."""
-    chunks = 2 * tokens // layout.C + 1
-    return max(chunks * layout.value_heads * max(layout.V, 64), 2 * tokens * max(layout.R, layout.L, 1)) + 128
+def reaches(layout: Layout, chunks: Chunks) -> bool:
+    """Whether 32 bits hold the coordinates of all copies."""
+    tokens = chunks.time if chunks.packed else chunks.time * chunks.sequences
+    tiles = chunks.count * layout.value_heads * max(layout.V, layout.K, layout.N)
+    return max(tiles, (tokens + CHUNK) * max(layout.R, layout.L, 1)) + CHUNK <= LARGEST_COORDINATE
 
 
 def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, stages: int, depth: int, pairs: int) -> int:

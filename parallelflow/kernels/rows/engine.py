@@ -48,13 +48,14 @@ class Rows:
         return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
 
 
-def scan_of(tier: str) -> Launch:
-    """What launches the scans of a tier, ``rows`` or ``hopper_rows``."""
-    if tier == "rows":
-        return launch
-    from parallelflow.kernels.hopper import rows_scan
+def scan_of(tier: str, layout: Layout, chunks: Chunks) -> Launch:
+    """What launches the scans of a tier, ``rows`` or ``hopper_rows``; the portable one past 32-bit coordinates."""
+    if tier == "hopper_rows":
+        from parallelflow.kernels.hopper import rows_scan
 
-    return rows_scan.launch
+        if rows_scan.reaches(layout, chunks):
+            return rows_scan.launch
+    return launch
 
 
 def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
@@ -63,7 +64,8 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, t
     made."""
     rows = Rows(inputs, traits, sequence_starts)
     prepared = rows.prepare()
-    output, final = forward_scan(scan_of(tier), prepared, rows.source, rows.given, rows.layout, rows.chunks,
+    scan = scan_of(tier, rows.layout, rows.chunks)
+    output, final = forward_scan(scan, prepared, rows.source, rows.given, rows.layout, rows.chunks,
                                  initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
@@ -75,11 +77,11 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
     prepared = rows.prepare() if not saved else _restored(saved, layout)
     d_output = d_output.contiguous()
-    scan = scan_of(tier)
+    scan = scan_of(tier, layout, chunks)
     entries, solution = recompute_scan(scan, prepared, rows.source, rows.given, layout, chunks,
                                        initial_state=rows.initial)  # fmt: skip
     exits, d_source, d_given, d_initial = reverse_scan(
-        scan, prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
+        scan, prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.float().contiguous(),
         initial_gradient=rows.initial is not None)  # fmt: skip
     total = prepared.total
     del prepared, saved  # their memory is free for the gradients
