@@ -77,11 +77,12 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
     prepared = rows.prepare() if not saved else _restored(saved, layout)
     d_output = d_output.contiguous()
+    d_final = None if d_final is None else d_final.float().contiguous()
     scan = scan_of(tier, layout, chunks)
     entries, solution = recompute_scan(scan, prepared, rows.source, rows.given, layout, chunks,
                                        initial_state=rows.initial)  # fmt: skip
     exits, d_source, d_given, d_initial = reverse_scan(
-        scan, prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.float().contiguous(),
+        scan, prepared, d_output, layout, chunks, d_final_state=d_final,
         initial_gradient=rows.initial is not None)  # fmt: skip
     total = prepared.total
     del prepared, saved  # their memory is free for the gradients
