@@ -2,7 +2,8 @@
 
 A kernel serves rows, not models: any rows, up to 16 a token, on a CPU (``cpu``) and on a GPU (``triton``). On a GPU one
 row a token with no or scalar decay, read decayed, either tied (``-β k`` reads, ``k`` writes ``β v``) or only writing,
-has kernels of its own, the delta rule's, and those have a tier for Hopper. Everything else is the torch backend's.
+has kernels of its own, the delta rule's. Both have scans for Hopper (``hopper``). Everything else is the torch
+backend's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from parallelflow.problem import Inputs, Traits, sizes_of
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 512
 MOST_ROWS = flow.MOST_ROWS  # a token
+ROWS_OF = {"triton": "rows", "hopper": "hopper_rows"}
 
 
 def _is_there(module: str) -> bool:
@@ -36,10 +38,13 @@ TRITON = _is_there("triton")  # once: looking for it in a call would break a com
 def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     """Why a tier of the kernels cannot take this problem; None where it can."""
     why = elsewhere(tier, inputs) or too_large(inputs) or _too_many(traits)
-    if why is None and tier == "hopper":
-        why = _beyond_the_delta_rule(inputs, traits)
-    if why is None and tier == "triton" and traits.sequential and traits.positions and traits.lone_positions:
+    if why is None and tier != "cpu" and traits.sequential and traits.positions and traits.lone_positions:
         why = "sequential rows of which some only write, expected simultaneous ones"
+    if why is None and tier == "hopper" and not hopper_fits(inputs, traits):
+        why = (
+            "another GPU, dtype, size or number of rows than compute capability 9, 16 bits, K of 64 or 128, V of 64, "
+            "128, …, 1, 2, 4, … rows a token that read and as many that only write"
+        )
     return why
 
 
@@ -54,8 +59,6 @@ def elsewhere(tier: str, inputs: Inputs) -> str | None:
         return "no Triton, expected it installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors on {device}, expected a CUDA device"
-    if tier == "hopper" and not hopper_fits(inputs):
-        return "another GPU, dtype or head size than compute capability 9, 16 bits, K of 64 or 128, V of 64, 128, …"
     return None
 
 
@@ -102,12 +105,17 @@ def _beyond_the_delta_rule(inputs: Inputs, traits: Traits) -> str | None:
     return None
 
 
-def hopper_fits(inputs: Inputs) -> bool:
-    """Whether the scans written for Hopper serve these shapes, dtype and device."""
+def hopper_fits(inputs: Inputs, traits: Traits) -> bool:
+    """Whether the scans written for Hopper serve these rows, shapes, dtype and device."""
     if not inputs.query.is_cuda or inputs.query.numel() == 0:
         return False
     if torch.cuda.get_device_capability(inputs.query.device)[0] != 9:
         return False
+    if _beyond_the_delta_rule(inputs, traits) is not None:
+        from parallelflow.kernels.hopper import rows_scan
+        from parallelflow.kernels.rows.layout import Layout
+
+        return rows_scan.fits(Layout.of(inputs, traits), inputs.query)
     from parallelflow.kernels import schedule
     from parallelflow.kernels.hopper import scan
 
@@ -129,16 +137,19 @@ def fastest(inputs: Inputs, traits: Traits) -> str:
         return "cpu" if _compiled() else "torch"
     if device.type != "cuda" or not TRITON:
         return "torch"
-    if _beyond_the_delta_rule(inputs, traits) is None and hopper_fits(inputs):
+    if hopper_fits(inputs, traits):
         return "hopper"
     tried = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return "triton" if tried else "torch"
 
 
 def kernels_of(tier: str, inputs: Inputs, traits: Traits) -> str:
-    """What runs of a tier that takes this problem: ``rows``, the kernels of rows of every kind, where the portable
-    tier's delta rule does not do; else the tier. As it follows from shapes and structure, it is decided once."""
-    return "rows" if tier == "triton" and _beyond_the_delta_rule(inputs, traits) is not None else tier
+    """What runs of a tier that takes this problem: ``rows`` or ``hopper_rows``, the kernels of rows of every kind with
+    the portable scan or Hopper's, where those of the delta rule do not do; else the tier. As it follows from shapes and
+    structure, it is decided once."""
+    if tier not in ROWS_OF or _beyond_the_delta_rule(inputs, traits) is None:
+        return tier
+    return ROWS_OF[tier]
 
 
 def forward(
@@ -154,8 +165,8 @@ def forward(
     of ``kernels_of``."""
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep)
-    if tier == "rows":
-        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, keep, need_final_state)
+    if tier in ROWS_OF.values():
+        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, tier, keep, need_final_state)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     return _kernels("delta").forward(
         *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
@@ -180,8 +191,8 @@ def backward(
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     if tier == "cpu":
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
-    if tier == "rows":
-        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, saved, d_output, d_final)
+    if tier in ROWS_OF.values():
+        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels("delta").backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options

@@ -87,8 +87,10 @@ def test_what_kernels_do_not_have_is_refused():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_hopper_is_refused_without_one():
     q, k, v, b, g, s = draw()
-    with pytest.raises(ValueError, match=r"backend: got 'hopper'"):
+    with pytest.raises(ValueError, match=r"backend: got 'hopper' with another GPU, dtype, size or number of rows"):
         pf.gated_delta_rule(q, k, v, b, g, backend="hopper")
+    with pytest.raises(ValueError, match=r"backend: got 'hopper' with another GPU, dtype, size or number of rows"):
+        pf.gated_linear_attention(k, k, k, -k.abs(), backend="hopper")
 
 
 def test_a_forced_backend_serves_one_token_or_refuses():
@@ -115,14 +117,18 @@ def test_a_forced_backend_serves_one_token_or_refuses():
     [(True, (9, 0), "hopper"), (False, (9, 0), "triton"), (False, (8, 6), "triton"), (False, (7, 5), "torch")],
 )
 def test_auto_takes_the_fastest_tier(fits, capability, expected, monkeypatch):
-    monkeypatch.setattr(kernel_backend, "hopper_fits", lambda inputs: fits)
+    monkeypatch.setattr(kernel_backend, "hopper_fits", lambda inputs, traits: fits)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     query = SimpleNamespace(device=torch.device("cuda"), numel=lambda: 1)
-    monkeypatch.setattr(kernel_backend, "_beyond_the_delta_rule", lambda inputs, traits: None)
     assert kernel_backend.fastest(Inputs(query=query), None) == expected
-    monkeypatch.setattr(kernel_backend, "_beyond_the_delta_rule", lambda inputs, traits: "another row")
-    assert kernel_backend.fastest(Inputs(query=query), None) == ("triton" if expected == "hopper" else expected)
+
+
+@pytest.mark.parametrize(("beyond", "kernels"), [(None, ("triton", "hopper")), ("other rows", ("rows", "hopper_rows"))])
+def test_rows_of_every_kind_have_kernels_of_their_own(beyond, kernels, monkeypatch):
+    monkeypatch.setattr(kernel_backend, "_beyond_the_delta_rule", lambda inputs, traits: beyond)
+    assert tuple(kernel_backend.kernels_of(tier, None, None) for tier in ("triton", "hopper")) == kernels
+    assert kernel_backend.kernels_of("cpu", None, None) == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the choice is made on a GPU")

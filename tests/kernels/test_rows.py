@@ -11,6 +11,7 @@ from parallelflow.testing import Sizes, relative_error
 from tests.cases import MODELS, by_name, gradients, require_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 SERVED = {
     "gated_linear_attention", "gated_delta_rule_2", "kimi_delta_attention", "comba", "delta_product-2-none",
     "delta_product-3-scalar", "rwkv7", "low_rank_flow-1-simultaneous-none-decayed",
@@ -28,7 +29,7 @@ def run(model, inputs, state, backend, **options):
     return {"output": result.output.detach(), "state": result.final_state.detach(), **grads}
 
 
-def compare(model, sizes, dtype, *, starts=None, change=None):
+def compare(model, sizes, dtype, *, starts=None, change=None, backend="triton"):
     """Errors of the kernels at most twice those of rounding (16 bits) or of the plain float32 engine."""
     inputs = model.inputs(sizes)
     if change is not None:
@@ -39,8 +40,8 @@ def compare(model, sizes, dtype, *, starts=None, change=None):
     shape = (count, sizes.value_heads, sizes.key_size, model.state_value_size(sizes.value_size))
     state = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 3).to(DEVICE)
     options = {} if starts is None else {"cu_seqlens": torch.tensor(starts, device=DEVICE)}
-    found = run(model, vectors, state, "triton", **options)
-    again = run(model, vectors, state, "triton", **options)
+    found = run(model, vectors, state, backend, **options)
+    again = run(model, vectors, state, backend, **options)
     wide = {name: x.double() for name, x in vectors.items()}
     exact = run(model, wide, state.double(), "torch", **options)
     plain = run(model, {name: x.float() for name, x in vectors.items()}, state, "torch", **options)
@@ -70,17 +71,37 @@ def test_sixteen_bits(name, dtype):
     compare(model, Sizes(1, 70, 1, 2, 32, 32, model.rows), dtype)
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("model", ROWS, ids=by_name)
+def test_hopper(model, packed, dtype):
+    """Hopper's scan, chunks and sequences that end anywhere."""
+    starts = [0, 70, 70, 71, 333] if packed else None
+    size = 64 if packed else 128
+    if model.name == "rwkv7":
+        size = 64
+    compare(model, Sizes(1 if packed else 2, 333, 1, 2, size, size, model.rows), dtype, starts=starts, backend="hopper")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "gated_linear_attention", "rwkv7", "comba"])
+def test_hopper_with_decays_of_every_strength(name):
+    model = next(model for model in ROWS if model.name == name)
+    compare(model, Sizes(1, 333, 1, 1, 64, 64, model.rows), torch.float16, change=mixed_decays, backend="hopper")
+
+
+def mixed_decays(inputs):
+    decay = inputs["log_decay"]
+    choice = torch.randint(0, 5, decay.shape, generator=torch.Generator().manual_seed(2))
+    for place, value in enumerate((-100.0, -1e-6, 0.0)):
+        decay.masked_fill_(choice == place, value)
+
+
 @pytest.mark.parametrize("name", ["kimi_delta_attention", "gated_linear_attention", "rwkv7", "comba"])
 def test_decays_of_every_strength(name):
     model = next(model for model in ROWS if model.name == name)
-
-    def change(inputs):
-        decay = inputs["log_decay"]
-        choice = torch.randint(0, 5, decay.shape, generator=torch.Generator().manual_seed(2))
-        for place, value in enumerate((-100.0, -1e-6, 0.0)):
-            decay.masked_fill_(choice == place, value)
-
-    compare(model, Sizes(1, 70, 1, 1, 16, 16, model.rows), torch.float32, change=change)
+    compare(model, Sizes(1, 70, 1, 1, 16, 16, model.rows), torch.float32, change=mixed_decays)
 
 
 def test_resets():

@@ -1,47 +1,25 @@
-"""Compile Gluon kernels for compute capability 9.0 without a GPU, and read what ptxas says of them."""
+"""Compile Gluon kernels for compute capability 9.0 without a GPU."""
 
-import re
-import subprocess
-from typing import NamedTuple
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 
-class Resources(NamedTuple):
-    """What one compiled kernel asks of a multiprocessor, the numbers of ptxas's remarks, and the instructions that read
-    a uniform register which nothing has written."""
-
-    shared_bytes: int
-    spilled_bytes: int
-    remarks: list[str]
-    unwritten: list[str]
-
-
 @pytest.fixture(scope="session")
-def compile_for_hopper(tmp_path_factory):
-    """compile_for_hopper(kernel, signature, constants, registers, warps=4) -> Resources."""
-    from machine_code import disassemble, reads_of_unwritten
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import compile as compile_kernel
-    from triton.experimental.gluon._runtime import GluonASTSource
+def compile_for_hopper():
+    """compile_for_hopper(kernel, signature, constants, registers, warps=4) -> Resources, in a process of its own that
+    is without Triton's interpreter, which other tests need."""
+    from gluon_launches import compile_gluon
 
-    folder = tmp_path_factory.mktemp("hopper")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        pool.submit(os.getpid).result()  # the process is there, and the variable may come back
+        patch.undo()
 
-    def build(kernel, signature, constants, registers, warps=4):
-        signature = signature | dict.fromkeys(constants, "constexpr")
-        pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
-        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-        source = GluonASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": warps, "maxnreg": registers}
-        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-        ptx = folder / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-        text = report.stdout + report.stderr
-        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", text))
-        unwritten = reads_of_unwritten(disassemble(folder / "kernel.cubin"))
-        return Resources(compiled.metadata.shared, spilled, re.findall(r"C75\d\d", text), unwritten)
+        def build(kernel, signature, constants, registers, warps=4):
+            where = kernel.fn.__module__, kernel.fn.__qualname__
+            return pool.submit(compile_gluon, *where, signature, constants, registers, warps).result()
 
-    return build
+        yield build

@@ -86,6 +86,7 @@ class Shared:
         self.data = data
 
     shape = property(lambda self: tuple(self.data.shape))
+    dtype = property(lambda self: self.data.dtype)
 
     def load(self, layout):
         return Value(self.data.clone())
@@ -103,6 +104,9 @@ class Shared:
 
     def permute(self, order):
         return Shared(self.data.permute(order))
+
+    def reshape(self, shape):
+        return Shared(self.data.view(shape))
 
 
 def load(pointer, mask=None, other=0.0):
@@ -122,6 +126,10 @@ def where(condition, x, y):
 
 
 def assembly(text, constraints, args, dtype, is_pure, pack):
+    if text.startswith("mov.b32"):
+        return args[0]
+    if text.startswith("{ shl.b32 $0, $2, 16;"):
+        return args[0].to(dtype)
     assert text.startswith("ex2.approx.ftz")
     power = torch.exp2(args[0].data)
     return Value(torch.where(power < 2.0**-126, 0.0, power).to(dtype))
@@ -132,7 +140,7 @@ def multiply(a, b, acc):
 
 
 class Layout:
-    def __init__(self, *args):
+    def __init__(self, *args, **options):
         pass
 
     @classmethod
@@ -176,8 +184,8 @@ ASYNC_COPY = types.SimpleNamespace(
 )  # fmt: skip
 
 
-def run(kernel, programs, arguments):
-    """Run the programs 0 .. programs - 1 of a kernel; its arguments by name, tensors are global memory."""
+def plain_functions(kernel):
+    """What a kernel's functions call by name, those of its folder as plain functions of that same scope."""
     folder = Path(kernel.fn.__code__.co_filename).parent
     scope: dict = {}
 
@@ -192,13 +200,23 @@ def run(kernel, programs, arguments):
                 scope.setdefault(name, thing)
 
     gather(kernel.fn.__globals__)
-    scope |= {"mma_v2": multiply, "async_copy": ASYNC_COPY}
-    held = {
+    return scope
+
+
+def inside(kernel, arguments):
+    """A kernel's arguments by name, as it sees them; tensors are global memory."""
+    return {
         name: Pointer(value) if value is None or isinstance(value, torch.Tensor)
         else Value(torch.tensor(value, dtype=torch.int32)) if name in kernel.do_not_specialize
         else value
         for name, value in arguments.items()
     }  # fmt: skip
+
+
+def run(kernel, programs, arguments):
+    """Run the programs 0 .. programs - 1 of a kernel."""
+    scope, held = plain_functions(kernel), inside(kernel, arguments)
+    scope |= {"mma_v2": multiply, "async_copy": ASYNC_COPY}
     for program in range(programs):
         scope["gl"] = language(program)
         types.FunctionType(kernel.fn.__code__, scope)(**held)

@@ -4,12 +4,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from triton import next_power_of_2
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia import hopper
 
 CHUNK = 64
 _SWIZZLED_ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+_SWIZZLED_PLACES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+_NARROW = {  # matrices of fewer than 64 columns
+    columns: gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2) for columns in (16, 32)
+}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
@@ -40,40 +45,64 @@ class Descriptor(hopper.TensorDescriptor):
 
 
 @lru_cache(maxsize=4096)
-def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int) -> Descriptor:
-    start = _Address(address - CHUNK * columns * dtype.itemsize, dtype)
+def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int, height: int) -> Descriptor:
+    start = _Address(address - height * columns * dtype.itemsize, dtype)
     return Descriptor(
-        start, [rows + CHUNK + 1, CHUNK, columns], [columns, columns, 1], [1, CHUNK, width], _SWIZZLED_ROWS
+        start, [rows + height + 1, height, columns], [columns, columns, 1], [1, height, width], _SWIZZLED_ROWS
     )
 
 
-def rows(tensor: torch.Tensor, width: int) -> Descriptor:
-    """Chunks of 64 rows of a [rows, columns] view, `width` columns at a time, that can end anywhere.
+def rows(tensor: torch.Tensor, width: int, height: int = CHUNK) -> Descriptor:
+    """Chunks of `height` rows of a [rows, columns] view, `width` columns at a time, that can end anywhere.
 
-    The row axis appears twice: coordinates (a, b) name row a + b − 64, and b is cut at 64.  A chunk with `valid` rows
-    in its sequence is addressed as (first + valid, 64 − valid): rows past the end read as zero and are never written,
-    whatever lies there.
+    The row axis appears twice: coordinates (a, b) name row a + b − height, and b is cut at height.  A chunk with
+    `valid` rows in its sequence is addressed as (first + valid, height − valid): rows past the end read as zero and are
+    never written, whatever lies there.
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
-    return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width)
+    return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width, height)
 
 
 @lru_cache(maxsize=4096)
-def _blocks(address: int, dtype: torch.dtype, count: int, columns: int) -> Descriptor:
-    return Descriptor(_Address(address, dtype), [count, columns], [columns, 1], [CHUNK, columns], _SWIZZLED)
+def _places(address: int, dtype: torch.dtype, tokens: int, count: int, columns: int, width: int, height: int,
+            ) -> Descriptor:  # fmt: skip
+    padded = next_power_of_2(count)
+    size, token = height // padded, count * columns
+    start = _Address(address - size * token * dtype.itemsize, dtype)
+    return Descriptor(
+        start, [tokens + size + 1, size, count, columns], [token, token, columns, 1], [1, size, padded, width],
+        _SWIZZLED_PLACES,
+    )  # fmt: skip
 
 
-def blocks(tensor: torch.Tensor) -> Descriptor:
-    """Tiles of 64 whole rows of an array of matrices, seen as [rows, columns]."""
+def places(tensor: torch.Tensor, width: int, height: int) -> Descriptor:
+    """Chunks of tokens of [B, T, count, heads, columns] in ``height`` rows, where the count is no power of two.
+
+    A token has as many rows of a tile as the next power of two; those beyond the count read as zero and are never
+    written. The coordinates are (a, b, 0, column) as for ``rows``, but in tokens.
+    """
+    count, columns = tensor.shape[2], tensor.shape[-1] * tensor.shape[-2]
+    tokens = tensor.numel() // (count * columns)
+    return _places(tensor.data_ptr(), tensor.dtype, tokens, count, columns, width, height)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(address: int, dtype: torch.dtype, count: int, columns: int, height: int) -> Descriptor:
+    layout = _NARROW.get(columns, _SWIZZLED)
+    return Descriptor(_Address(address, dtype), [count, columns], [columns, 1], [height, columns], layout)
+
+
+def blocks(tensor: torch.Tensor, height: int = CHUNK) -> Descriptor:
+    """Tiles of `height` whole rows of an array of matrices, seen as [rows, columns]."""
     columns = tensor.shape[-1]
-    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns)
+    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, height)
 
 
 @lru_cache(maxsize=4096)
-def _vectors(address: int, count: int) -> Descriptor:
-    return Descriptor(_Address(address, torch.float32), [count], [1], [CHUNK], _FLAT)
+def _vectors(address: int, count: int, length: int) -> Descriptor:
+    return Descriptor(_Address(address, torch.float32), [count], [1], [length], _FLAT)
 
 
-def vectors(tensor: torch.Tensor) -> Descriptor:
-    """Runs of 64 float32 of a contiguous array."""
-    return _vectors(tensor.data_ptr(), tensor.numel())
+def vectors(tensor: torch.Tensor, length: int = CHUNK) -> Descriptor:
+    """Runs of `length` float32 of a contiguous array."""
+    return _vectors(tensor.data_ptr(), tensor.numel(), length)

@@ -19,11 +19,12 @@ def locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED:
 
 
 @gluon.jit
-def chunk_window(first_token, end_token, i):
-    """Row coordinates of chunk i for a descriptor made by ``rows`` (descriptors.py); they clip at its end."""
-    first = first_token + i * 64
-    valid = gl.minimum(end_token - first, 64)
-    return first + valid, 64 - valid
+def chunk_window(first_token, end_token, i, C: gl.constexpr = 64, PLACES: gl.constexpr = 1, HEIGHT: gl.constexpr = 64):
+    """Row coordinates of chunk i, of C tokens with PLACES rows each, for a descriptor made by ``rows`` (descriptors.py)
+    with blocks of HEIGHT rows; they clip at its end."""
+    first = first_token + i * C
+    valid = gl.minimum(end_token - first, C)
+    return (first + valid) * PLACES, HEIGHT - valid * PLACES
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, prepare
 from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import pull
-from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
+from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
 from parallelflow.problem import Inputs, Traits
 
 
@@ -36,9 +36,11 @@ class Rows:
         self.lone = None
         if inputs.lone_value is not None:
             self.lone = Factor(inputs.lone_value, inputs.lone_coefficient, traits.lone_sign)
-        self.source, self.given = (
-            None if factor is None else product(factor, layout.value_heads) for factor in (self.value, self.lone)
-        )
+        self.source, self.given = self.value, None
+        if self.value is not None and not self.value.a_row:
+            self.source = Factor(product(self.value, layout.value_heads))
+        if self.lone is not None:
+            self.given = product(self.lone, layout.value_heads)
         self.initial = None if inputs.initial_state is None else inputs.initial_state.float()
 
     def prepare(self) -> Prepared:
@@ -46,27 +48,41 @@ class Rows:
         return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
 
 
-def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool, need_final_state: bool,
-            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+def scan_of(tier: str, layout: Layout, chunks: Chunks) -> Launch:
+    """What launches the scans of a tier, ``rows`` or ``hopper_rows``; the portable one past 32-bit coordinates."""
+    if tier == "hopper_rows":
+        from parallelflow.kernels.hopper import rows_scan
+
+        if rows_scan.reaches(layout, chunks):
+            return rows_scan.launch
+    return launch
+
+
+def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
+            need_final_state: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
     made."""
     rows = Rows(inputs, traits, sequence_starts)
     prepared = rows.prepare()
-    output, final = forward_scan(prepared, rows.source, rows.given, rows.layout, rows.chunks,
+    scan = scan_of(tier, rows.layout, rows.chunks)
+    output, final = forward_scan(scan, prepared, rows.source, rows.given, rows.layout, rows.chunks,
                                  initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
 
-def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, saved: list[Tensor],
+def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
              d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
     """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
     rows = Rows(inputs, traits, sequence_starts)
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
     prepared = rows.prepare() if not saved else _restored(saved, layout)
     d_output = d_output.contiguous()
-    entries, solution = recompute_scan(prepared, rows.source, rows.given, layout, chunks, initial_state=rows.initial)
+    d_final = None if d_final is None else d_final.float().contiguous()
+    scan = scan_of(tier, layout, chunks)
+    entries, solution = recompute_scan(scan, prepared, rows.source, rows.given, layout, chunks,
+                                       initial_state=rows.initial)  # fmt: skip
     exits, d_source, d_given, d_initial = reverse_scan(
-        prepared, d_output, layout, chunks, d_final_state=None if d_final is None else d_final.contiguous(),
+        scan, prepared, d_output, layout, chunks, d_final_state=d_final,
         initial_gradient=rows.initial is not None)  # fmt: skip
     total, floors = prepared.total, prepared.floors
     del prepared, saved  # their memory is free for the gradients

@@ -35,6 +35,11 @@ class Factor(base.Factor):
         return 1 if self.coefficient.ndim == self.vector.ndim - 1 else 2
 
     @property
+    def a_row(self) -> bool:
+        """Whether it is the vectors, or these times a number a row."""
+        return self.kind == 1 or (self.kind == 0 and self.sign == 1)
+
+    @property
     def coefficient_heads(self) -> int:
         if self.coefficient is None:
             return 1

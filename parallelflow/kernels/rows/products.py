@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallelflow.kernels.chunks import Chunks, locate_chunk
 from parallelflow.kernels.launch import bind
-from parallelflow.kernels.rows.layout import Factor
+from parallelflow.kernels.rows.factors import places
+from parallelflow.kernels.rows.layout import Factor, Layout
 
 ROWS = 16  # of a program
 
@@ -58,6 +60,41 @@ def pull_product_kernel(gradient, vector, coefficient, d_vector, d_coefficient, 
             tl.store(d_coefficient + at, slope.to(d_coefficient.dtype.element_ty), mask=inside)
             pulled *= tl.load(coefficient + own[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(d_vector + at, pulled.to(d_vector.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["time", "per_sequence"])
+def weights_kernel(coefficient, weights, table, time, per_sequence, C: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+                   HV: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr, BH: tl.constexpr,
+                   PACKED: tl.constexpr):  # fmt: skip
+    """The weights of one chunk, BH value heads at a time."""
+    chunk = tl.program_id(0)
+    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    token, place = places(N, R)
+    row = (first + token) * R + place
+    there = (token < length) & (place < R)
+    for start in range(0, HV, BH):
+        head = start + tl.arange(0, BH)
+        inside = there[None, :] & (head < HV)[:, None]
+        at = row[None, :] * HEADS + (head // (HV // HEADS))[:, None]
+        found = SIGN * tl.load(coefficient + at, mask=inside, other=0.0).to(tl.float32)
+        to = (chunk.to(tl.int64) * HV + head)[:, None] * N + tl.arange(0, N)[None, :]
+        tl.store(weights + to, found, mask=(head < HV)[:, None])
+
+
+def weights_of(factor: Factor, layout: Layout, chunks: Chunks) -> Tensor | None:
+    """A factor's sign and coefficients, one a row, as the rows lie in each chunk, ``[chunks, HV, N]`` in float32; None
+    without coefficients."""
+    coefficient = factor.coefficient
+    if coefficient is None:
+        return None
+    weights = coefficient.new_empty(chunks.count, layout.value_heads, layout.N, dtype=torch.float32)
+    if chunks.count:
+        launch = bind(
+            weights_kernel, C=layout.C, N=layout.N, R=layout.R, HV=layout.value_heads,
+            HEADS=factor.coefficient_heads, SIGN=factor.sign, BH=min(triton.next_power_of_2(layout.value_heads), 16),
+            PACKED=chunks.packed, num_warps=4)  # fmt: skip
+        launch(chunks.count, coefficient, weights, chunks.table, chunks.time, chunks.per_sequence)
+    return weights
 
 
 def _sizes(factor: Factor, value_heads: int) -> dict[str, int]:

@@ -8,7 +8,11 @@ One program carries the state of one sequence, value head and tile of value chan
 Forward: given are the lone rows' values, said the outputs. In reverse S is the gradient of the state; reads and writes
 change places, says and gives too, and each matrix is transposed: given is the outputs' gradient, X that of U, said that
 of the lone rows' values (`parallelflow.system.System.transposed` has the same in plain tensors).
+
+The three scans of a pass are told what launches them: the kernel here, or Hopper's (``kernels/hopper/rows_scan.py``).
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -18,9 +22,11 @@ from torch import Tensor
 from parallelflow.kernels.chunks import Chunks, locate_sequence
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.products import float32_precision, product
-from parallelflow.kernels.rows.factors import load_rows, store_rows
-from parallelflow.kernels.rows.layout import SMALLEST_TILE, Layout, heads_of, width_of
-from parallelflow.kernels.rows.prepare import Prepared
+from parallelflow.kernels.rows.factors import load_factor, load_rows, store_rows
+from parallelflow.kernels.rows.layout import SMALLEST_TILE, Factor, Layout, heads_of, width_of
+from parallelflow.kernels.rows.prepare import Prepared, of_factor
+
+Launch = Callable[..., None]  # ``launch`` below, or Hopper's
 
 
 @triton.jit
@@ -34,13 +40,14 @@ def matrix(base, flat, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.con
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
-def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total, source, given, initial,
-                solution, said, states, final, cu_seqlens, offsets, time, per_sequence,
+def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total, source, source_coefficient, given,
+                initial, solution, said, states, final, cu_seqlens, offsets, time, per_sequence,
                 C: tl.constexpr, N: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
                 R: tl.constexpr, SAYING: tl.constexpr, GIVING: tl.constexpr,
                 HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                 DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SOURCE: tl.constexpr,
-                SOURCE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, SAY: tl.constexpr, SAVE: tl.constexpr,
+                SOURCE_HEADS: tl.constexpr, SOURCE_KIND: tl.constexpr, SOURCE_COEFFICIENT_HEADS: tl.constexpr,
+                SOURCE_SIGN: tl.constexpr, GIVEN_HEADS: tl.constexpr, SAY: tl.constexpr, SAVE: tl.constexpr,
                 HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G)."""
     tiles = tl.cdiv(V, BV)
@@ -75,7 +82,9 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
             a = load_rows(reads, first, length, head, column, N, R, HV, HV, K)
             x = tl.dot(entering, tl.trans(a), input_precision=PRECISION)
             if SOURCE:
-                x += tl.trans(load_rows(source, first, length, head, channel, N, R, HV, SOURCE_HEADS, V)).to(tl.float32)
+                v = load_factor(source, source_coefficient, first, length, head, channel, N, R, HV, SOURCE_HEADS,
+                                SOURCE_KIND, SOURCE_COEFFICIENT_HEADS, SOURCE_SIGN, V)  # fmt: skip
+                x += tl.trans(v)
             if GIVING > 0:
                 x += tl.dot(u, matrix(couple, flat, N, G, REVERSE), input_precision=PRECISION)
             x = product(x, matrix(inverse, flat, N, N, REVERSE), PRECISION).to(DTYPE)
@@ -111,24 +120,26 @@ def configuration(layout: Layout, element_size: int) -> dict[str, int]:
     return {"BK": width, "BV": width_of(layout.V, tile), "num_warps": 4, "num_stages": 1}
 
 
-def _launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
-            total, source, given, initial, solution, said, states, final) -> None:  # fmt: skip
+def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
+           total, source, given, initial, solution, said, states, final) -> None:  # fmt: skip
+    """One direction of the scan: what is None is not there, or not wanted."""
     like = next(each for each in (says, writes, gives) if each is not None)
     options = configuration(layout, like.element_size())
     lone = (layout.L, layout.M)
     saying, giving = (lone, (1, layout.Q)) if reverse else ((1, layout.Q), lone)
-    launch = bind(
+    bound = bind(
         scan_kernel, C=layout.C, N=layout.N, S=saying[1], G=giving[1], R=layout.R, SAYING=saying[0], GIVING=giving[0],
         HV=layout.value_heads, K=layout.K, V=layout.V, DECAY=layout.decay, REVERSE=reverse, PACKED=chunks.packed,
-        SOURCE=source is not None, SOURCE_HEADS=heads_of(source),
-        GIVEN_HEADS=heads_of(given), SAY=said is not None, SAVE=states is not None,
+        SOURCE=source is not None, **of_factor("SOURCE", source), GIVEN_HEADS=heads_of(given),
+        SAY=said is not None, SAVE=states is not None,
         HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, PRECISION=float32_precision(like.device),
         **options)  # fmt: skip
+    values, coefficient = (None, None) if source is None else (source.vector, source.coefficient)
     programs = chunks.sequences * layout.value_heads * triton.cdiv(layout.V, options["BV"])
     if programs:
-        launch(programs, reads, writes, says, gives, inverse, couple, own, through, total, source, given, initial,
-               solution, said, states, final, chunks.cu_seqlens, chunks.offsets, chunks.time,
-               chunks.per_sequence)  # fmt: skip
+        bound(programs, reads, writes, says, gives, inverse, couple, own, through, total, values, coefficient, given,
+              initial, solution, said, states, final, chunks.cu_seqlens, chunks.offsets, chunks.time,
+              chunks.per_sequence)  # fmt: skip
 
 
 def _state(like: Tensor, layout: Layout, chunks: Chunks, there: bool) -> Tensor | None:
@@ -137,29 +148,31 @@ def _state(like: Tensor, layout: Layout, chunks: Chunks, there: bool) -> Tensor 
     return like.new_empty(chunks.sequences, layout.value_heads, layout.K, layout.V, dtype=torch.float32)
 
 
-def forward_scan(prepared: Prepared, source: Tensor | None, given: Tensor | None, layout: Layout, chunks: Chunks, *,
-                 initial_state: Tensor | None, final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def forward_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
+                 chunks: Chunks, *, initial_state: Tensor | None,
+                 final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs ``[B, T, HV, V]`` and, if asked, the final states ``[N, HV, K, V]`` in float32."""
     batch, time = prepared.queries.shape[:2]
     output = prepared.queries.new_empty(batch, time, layout.value_heads, layout.V)
     final = _state(output, layout, chunks, final_state)
     p = prepared
-    _launch(layout, chunks, False, p.reads, p.writes, p.queries, p.lone, p.inverse, p.lone_gram, p.scores,
-            p.lone_scores, p.total, source, given, initial_state, None, output, None, final)  # fmt: skip
+    launch(layout, chunks, False, p.reads, p.writes, p.queries, p.lone, p.inverse, p.lone_gram, p.scores,
+           p.lone_scores, p.total, source, given, initial_state, None, output, None, final)  # fmt: skip
     return output, final
 
 
-def recompute_scan(prepared: Prepared, source: Tensor | None, given: Tensor | None, layout: Layout, chunks: Chunks, *,
-                   initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def recompute_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
+                   chunks: Chunks, *, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Transposed states at the chunks' entries ``[chunks, HV, V, K]`` and X ``[B, T, R, HV, V]``."""
     states, solution = _kept(prepared, layout, chunks)
     p = prepared
-    _launch(layout, chunks, False, p.reads, p.writes, None, p.lone, p.inverse, p.lone_gram, None, None, p.total, source,
-            given, initial_state, solution, None, states, None)  # fmt: skip
+    launch(layout, chunks, False, p.reads, p.writes, None, p.lone, p.inverse, p.lone_gram, None, None, p.total, source,
+           given, initial_state, solution, None, states, None)  # fmt: skip
     return states, solution
 
 
-def reverse_scan(prepared: Prepared, d_output: Tensor, layout: Layout, chunks: Chunks, *, d_final_state: Tensor | None,
+def reverse_scan(launch: Launch, prepared: Prepared, d_output: Tensor, layout: Layout, chunks: Chunks, *,
+                 d_final_state: Tensor | None,
                  initial_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Transposed gradients of the chunks' exit states, of U, of the lone rows' values, of the initial state."""
     states, solution = _kept(prepared, layout, chunks)
@@ -167,8 +180,8 @@ def reverse_scan(prepared: Prepared, d_output: Tensor, layout: Layout, chunks: C
     d_given = d_output.new_empty(batch, time, layout.L, layout.value_heads, layout.V) if layout.L else None
     d_initial = _state(d_output, layout, chunks, initial_gradient)
     p = prepared
-    _launch(layout, chunks, True, p.writes, p.reads, p.lone, p.queries, p.inverse, p.scores, p.lone_gram, p.lone_scores,
-            p.total, None, d_output, d_final_state, solution, d_given, states, d_initial)  # fmt: skip
+    launch(layout, chunks, True, p.writes, p.reads, p.lone, p.queries, p.inverse, p.scores, p.lone_gram, p.lone_scores,
+           p.total, None, d_output, d_final_state, solution, d_given, states, d_initial)  # fmt: skip
     return states, solution, d_given, d_initial
 
 

@@ -1,0 +1,197 @@
+"""The scan of rows of every kind on Hopper: its roles on the CPU against float64, and its code as compiled."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+import roles_on_cpu
+import rows_by_definition
+
+from parallelflow.kernels.chunks import known_chunks, regular_chunks
+from parallelflow.kernels.hopper import rows_scan
+from parallelflow.kernels.rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, Factor, Layout
+from parallelflow.kernels.rows.products import weights_of
+from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
+from parallelflow.testing import relative_error
+
+UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+ROUNDINGS = 4  # of the state, of what is solved for, of the solution and of the result
+# name: rows that read, rows that only write, tokens a chunk, K, V, decay, heads of the values written (0: none)
+KINDS = {
+    "kda": (1, 0, 64, 128, 128, VECTOR_DECAY, 2),
+    "kda-64": (1, 0, 64, 64, 64, VECTOR_DECAY, 1),
+    "comba": (1, 0, 64, 128, 64, SCALAR_DECAY, 2),
+    "gla": (0, 1, 64, 128, 64, VECTOR_DECAY, 0),
+    "rwkv7": (1, 1, 64, 64, 64, VECTOR_DECAY, 0),
+    "product-2": (2, 0, 32, 128, 64, NO_DECAY, 2),
+    "product-3": (3, 0, 16, 128, 64, NO_DECAY, 2),
+    "product-4": (4, 0, 16, 64, 128, SCALAR_DECAY, 2),
+    "product-8": (8, 0, 8, 64, 64, NO_DECAY, 2),
+    "mixed": (1, 4, 16, 64, 64, VECTOR_DECAY, 2),
+}
+
+
+def lengths(layout, packed):
+    """Where sequences begin: one of two chunks, one empty, one of a token, one longer than the rings; or two alike."""
+    c = layout.C
+    return (0, c + 6, c + 6, c + 7, 6 * c + 16) if packed else (0, 2 * c + 22, 4 * c + 44)
+
+
+def layout_of(kind, heads=2):
+    r, lone, c, k, v, decay, source = KINDS[kind]
+    return Layout(C=c, R=r, L=lone, heads=heads, value_heads=heads, K=k, V=v, decay=decay, raw=False,
+                  sequential=False), source  # fmt: skip
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Launches run their roles as threads."""
+    known = {}
+
+    def noting(make):
+        def made(tensor, *sizes):
+            found = make(tensor, *sizes)
+            known[id(found)] = roles_on_cpu.Descriptor(found, tensor)
+            return found
+
+        return made
+
+    def bound(kernel, **constants):
+        def launch(programs, *arguments):
+            arguments = [known.get(id(argument), argument) for argument in arguments]
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            roles_on_cpu.run(kernel, programs, named | options)
+
+        return launch
+
+    for name in ("rows", "places", "blocks", "vectors"):
+        monkeypatch.setattr(rows_scan, name, noting(getattr(rows_scan, name)))
+    monkeypatch.setattr(rows_scan, "bind", bound)
+    monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
+
+
+def close(found, exact, dtype, what):
+    assert found.isfinite().all(), what
+    error = relative_error(found, exact)
+    assert error <= ROUNDINGS * UNIT[dtype], f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
+    dtype = torch.float16 if packed else torch.bfloat16
+    layout, source_heads = layout_of(kind)
+    starts = lengths(layout, packed)
+    batch, time = (1, starts[-1]) if packed else (2, starts[1])
+    chunks = known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(batch, time, layout.C)
+    p, source, given, d_output, initial, d_final = rows_by_definition.draw(
+        layout, chunks, batch, time, dtype, source_heads)  # fmt: skip
+    launch = rows_scan.launch
+    said, final = forward_scan(launch, p, source, given, layout, chunks, initial_state=initial, final_state=True)
+    entries, solution = recompute_scan(launch, p, source, given, layout, chunks, initial_state=initial)
+    exact = rows_by_definition.scan(
+        layout, starts, p.reads, p.writes, p.queries, p.lone, p.inverse, p.lone_gram, p.scores, p.lone_scores, p.total,
+        source, given, initial, False)  # fmt: skip
+    close(said, exact[0].squeeze(2), dtype, "output")
+    close(entries.mT, exact[2], dtype, "entry states")
+    close(final, exact[3], dtype, "final states")
+    if layout.R:
+        close(solution, exact[1], dtype, "X")
+    exits, d_source, d_given, d_initial = reverse_scan(
+        launch, p, d_output, layout, chunks, d_final_state=d_final, initial_gradient=True)  # fmt: skip
+    turned = [None if x is None else x.mT for x in (p.inverse, p.scores, p.lone_gram, p.lone_scores)]
+    exact = rows_by_definition.scan(
+        layout, starts, p.writes, p.reads, p.lone, p.queries, *turned, p.total, None, d_output[:, :, None], d_final,
+        True)  # fmt: skip
+    close(exits.mT, exact[2], dtype, "exit gradients")
+    close(d_initial, exact[3], dtype, "initial gradients")
+    if layout.R:
+        close(d_source, exact[1], dtype, "gradient of U")
+    if layout.L:
+        close(d_given, exact[0], dtype, "gradient of the lone values")
+
+
+DIRECTIONS = {
+    "forward": lambda launch, p, source, given, d_output, initial, d_final, *where: forward_scan(
+        launch, p, source, given, *where, initial_state=initial, final_state=True),
+    "again": lambda launch, p, source, given, d_output, initial, d_final, *where: recompute_scan(
+        launch, p, source, given, *where, initial_state=initial),
+    "reverse": lambda launch, p, source, given, d_output, initial, d_final, *where: reverse_scan(
+        launch, p, d_output, *where, d_final_state=d_final, initial_gradient=True),
+}  # fmt: skip
+COMPILED = [
+    ("kda", "forward"), ("kda", "again"), ("kda", "reverse"), ("comba", "forward"), ("gla", "forward"),
+    ("gla", "reverse"), ("rwkv7", "forward"), ("rwkv7", "reverse"), ("product-2", "forward"), ("product-2", "reverse"),
+    ("product-3", "forward"), ("product-8", "reverse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "direction"), COMPILED)
+def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
+    """It takes no more of a multiprocessor's memory than was reckoned, spills nothing, and ptxas serialises none of its
+    products."""
+    layout, source_heads = layout_of(kind)
+    dtype = torch.float16 if direction == "again" else torch.bfloat16
+    starts = lengths(layout, True)
+    chunks = known_chunks(starts, layout.C, torch.device("cpu"))
+    made = []
+
+    def bound(kernel, **constants):
+        def launch(programs, *arguments):
+            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            types = {name: type_of(x) for name, x in zip(kernel.arg_names, arguments, strict=False)}
+            made.append(options)
+            made.append(compile_for_hopper(kernel, types, options, constants["maxnreg"], constants["num_warps"]))
+
+        return launch
+
+    monkeypatch.setattr(rows_scan, "bind", bound)
+    monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
+    arrays = rows_by_definition.draw(layout, chunks, 1, starts[-1], dtype, source_heads)
+    DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
+    options, resources = made
+    room = (options[name] for name in ("STAGES", "DEPTH", "PAIRS"))
+    reckoned = rows_scan.shared_bytes(layout, options["REVERSE"], options["SOURCE"] > 0, options["SAY"], *room)
+    assert resources.shared_bytes <= reckoned <= rows_scan.SHARED_BYTES
+    assert resources.spilled_bytes == 0
+    assert not resources.unwritten
+    assert not {"C7510", "C7512", "C7514"} & set(resources.remarks)
+
+
+def type_of(argument):
+    """How a signature names an argument's type."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+    if isinstance(argument, torch.Tensor):
+        return f"*{names[argument.dtype]}"
+    if isinstance(argument, int):
+        return "i32"
+    block = ",".join(map(str, argument.block_shape))
+    return f"tensordesc<{names[argument.base.dtype]}[{block}],{argument.layout!r}>"
+
+
+def test_what_fits():
+    """A case that shared memory cannot hold is left to the portable scan; so is every case without a Hopper GPU."""
+    layout, _ = layout_of("kda")
+    assert not rows_scan.fits(layout, torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16))
+    wide = Layout(C=64, R=1, L=1, heads=1, value_heads=1, K=128, V=128, decay=VECTOR_DECAY, raw=False, sequential=False)
+    assert rows_scan.rings(wide, False, False, True, False) is None
+    assert rows_scan.rings(wide, False, False, False, True) is not None
+    for tokens, reached in ((2**25, True), (2**26, False)):  # 2 heads of 128 in chunks of 64: 2**31 of the second
+        chunks = regular_chunks(1, tokens * 8, layout.C)
+        assert rows_scan.reaches(layout, chunks) == reached
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compared in Triton's interpreter")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["kda", "product-3", "product-8"])
+def test_weights_lie_as_the_rows_do(kind, packed):
+    layout, _ = layout_of(kind, heads=6)
+    starts = lengths(layout, packed)
+    batch, time = (1, starts[-1]) if packed else (2, starts[1])
+    chunks = known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(batch, time, layout.C)
+    coefficient = torch.randn(batch, time, layout.R, 3, generator=torch.Generator().manual_seed(0))
+    factor = Factor(coefficient[..., None], coefficient, -1)
+    found = weights_of(factor, layout, chunks)
+    assert torch.equal(found, rows_by_definition.weights_of(factor, layout, chunks))
