@@ -104,6 +104,48 @@ def test_decays_of_every_strength(name):
     compare(model, Sizes(1, 70, 1, 1, 16, 16, model.rows), torch.float32, change=mixed_decays)
 
 
+def of_three_strengths(decay):
+    """Three chunks of 64 tokens: one that may be centred, one whose blocks of 16 tokens may, one where none may."""
+    decay[:, :64] /= decay[:, :64].abs().max()
+    decay[:, 64:128] = -4.0
+    decay[:, 128:, :, ::2] = -100.0
+
+
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "gated_linear_attention"])
+def test_every_floor(name, monkeypatch):
+    model = next(model for model in ROWS if model.name == name)
+    floors, prepare = [], engine.prepare
+
+    def watched(*arguments):
+        floors.append(prepare(*arguments))
+        return floors[-1]
+
+    monkeypatch.setattr(engine, "prepare", watched)
+    compare(model, Sizes(1, 150, 1, 1, 16, 16, model.rows), torch.bfloat16,
+            change=lambda inputs: of_three_strengths(inputs["log_decay"]))  # fmt: skip
+    assert all(found.floors.tolist() == [64, 16, 1] for found in floors)
+
+
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "gated_linear_attention"])
+def test_what_two_tokens_say_of_the_decays_before_both_cancels(name):
+    """A decay's gradient summed over time, as that of a gate's bias is: nothing may leak to earlier tokens."""
+    model = next(model for model in ROWS if model.name == name)
+    inputs = model.inputs(Sizes(1, 190, 1, 1, 32, 32, model.rows))
+    of_three_strengths(inputs["log_decay"])
+    vectors = {name: x if name == "log_decay" else x.bfloat16() for name, x in inputs.items()}
+    found = {}
+    for backend in ("triton", "torch"):
+        wide = {name: x.to(DEVICE).double() if backend == "torch" else x.to(DEVICE) for name, x in vectors.items()}
+        tensors = require_grad({name: x if backend == "torch" or x.dtype != torch.float64 else x.float()
+                                for name, x in wide.items()})  # fmt: skip
+        output = model(tensors, backend=backend).output
+        found[backend] = gradients([output], tensors)["log_decay"].double()
+    for chunk in (slice(0, 64), slice(64, 128)):
+        error = relative_error(found["triton"][:, chunk].sum(1), found["torch"][:, chunk].sum(1))
+        print(name, chunk, error, relative_error(found["triton"][:, chunk], found["torch"][:, chunk]))
+        assert error <= 2**-7
+
+
 def test_resets():
     model = next(model for model in ROWS if model.name == "kimi_delta_attention")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from parallelflow.kernels.chunks import Chunks
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.products import float32_precision
-from parallelflow.kernels.rows.layout import NARROW, NO_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout, heads_of, width_of
+from parallelflow.kernels.rows.layout import NARROW, NO_DECAY, VECTOR_DECAY, Factor, Layout, heads_of, width_of
 from parallelflow.kernels.rows.pairs import Pairs
 from parallelflow.kernels.rows.prepare import of_factor, sizes
 from parallelflow.kernels.rows.pull_kernel import pull_kernel
@@ -48,8 +48,9 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     """The gradients above, for contiguous arrays."""
     batch, time = query.shape[:2]
     heads, R, L = layout.value_heads, layout.R, layout.L
-    widths = [NARROW if floor < WHOLE else width_of(layout.K, 32) for floor in layout.floors]
-    tiles = triton.cdiv(layout.K, min(widths))
+    strong = layout.decay == VECTOR_DECAY  # may be: what a chunk needs is known on the device alone
+    width = width_of(layout.K, 32)
+    tiles, narrow_tiles = triton.cdiv(layout.K, width), triton.cdiv(layout.K, NARROW)
 
     def vacant(rows: int, own: int) -> Tensor:
         dtype = query.dtype if own == heads else torch.float32
@@ -60,7 +61,9 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     if read is not None and write is not None:
         d_write = vacant(R, write.shape[-2])
         if tied:
-            d_read_coefficient = query.new_zeros(tiles, batch, time, R, heads, dtype=torch.float32)
+            d_read_coefficient = query.new_zeros(
+                narrow_tiles if strong else tiles, batch, time, R, heads, dtype=torch.float32
+            )
         else:
             d_read = vacant(R, heads if read.kind == 0 and read.sign == 1 and read.heads == heads else 0)
     if lone_write is not None:
@@ -70,19 +73,24 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
         shape = (1, batch, time, heads, layout.K) if layout.decay == VECTOR_DECAY else (tiles, batch, time, heads)
         d_log_decay = query.new_empty(shape, dtype=torch.float32)
     count = chunks.count * heads
-    for floor, width in zip(layout.floors, widths, strict=True) if count else ():
-        tiles = triton.cdiv(layout.K, width)
-        launch = bind(
-            pull_kernel if floor == WHOLE else pull_strong_kernel, **sizes(layout), LEVELS=layout.levels,
-            H=layout.heads, HV=heads, K=layout.K, V=layout.V, BK=width, BV=width_of(layout.V, 32), TILES=tiles,
-            DECAY=layout.decay, FLOOR=floor, RAW=layout.raw, SEQUENTIAL=layout.sequential, **of_factor("READ", read),
-            WRITE_HEADS=heads_of(write), LONE_HEADS=heads_of(lone_write), GIVEN_HEADS=heads_of(given), TIED=tied,
-            PACKED=chunks.packed, PRECISION=float32_precision(query.device), num_warps=4, num_stages=1)  # fmt: skip
-        vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
-        launch(count * tiles, query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source,
-               d_output, entry_states, exit_gradients, total, floors, *pairs, d_query, d_read, d_read_coefficient,
-               d_write, d_lone, d_log_decay, chunks.table, chunks.time, chunks.per_sequence, batch * time,
-               scale)  # fmt: skip
+    vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
+    arrays = (query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output,
+              entry_states, exit_gradients, total, floors, *pairs, d_query, d_read, d_read_coefficient, d_write, d_lone,
+              d_log_decay, chunks.table, chunks.time, chunks.per_sequence)  # fmt: skip
+    constants = {
+        **sizes(layout), "LEVELS": layout.levels, "H": layout.heads, "HV": heads, "K": layout.K, "V": layout.V,
+        "DECAY": layout.decay, "RAW": layout.raw, "SEQUENTIAL": layout.sequential, **of_factor("READ", read),
+        "WRITE_HEADS": heads_of(write), "LONE_HEADS": heads_of(lone_write), "GIVEN_HEADS": heads_of(given),
+        "TIED": tied, "PACKED": chunks.packed, "PRECISION": float32_precision(query.device), "num_warps": 4,
+        "num_stages": 1,
+    }  # fmt: skip
+    if count:
+        launch = bind(pull_kernel, **constants, BK=width, TILES=tiles,
+                      BV=width_of(layout.V, 128 if query.element_size() == 2 else 32))  # fmt: skip
+        launch(count * tiles, *arrays, batch * time, scale)
+    if count and strong:
+        launch = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32))
+        launch(count * narrow_tiles, *arrays, batch * time, scale)
     if d_read_coefficient is not None:
         d_read_coefficient = d_read_coefficient.sum(0)
     if d_log_decay is not None:

@@ -21,14 +21,18 @@ from parallelflow.kernels.rows.factors import (
     to_end,
     token_sums,
 )
+from parallelflow.kernels.rows.layout import WHOLE
 from parallelflow.kernels.rows.slopes import (
     from_here_on,
     load_pairs,
     meets,
     onto,
+    own_and_later,
     sums_from_here_on,
     through_own,
 )
+
+WHOLE_CHUNK = tl.constexpr(WHOLE)
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence", "tokens"])
@@ -39,7 +43,7 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
                 C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                 M: tl.constexpr, Q: tl.constexpr,
                 H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                BV: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr, FLOOR: tl.constexpr, RAW: tl.constexpr,
+                BV: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr, RAW: tl.constexpr,
                 SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
                 READ_COEFFICIENT_HEADS: tl.constexpr, READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr,
                 LONE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, TIED: tl.constexpr, PACKED: tl.constexpr,
@@ -48,7 +52,7 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
     tile = tl.program_id(0) % TILES
     flat = (tl.program_id(0) // TILES).to(tl.int64)
     if DECAY == 2:  # noqa: SIM102 - settled while compiling
-        if tl.load(floors + flat) != FLOOR:
+        if tl.load(floors + flat) != WHOLE_CHUNK:
             return
     head = flat % HV
     first, length = locate_chunk(flat // HV, table, time, per_sequence, C, PACKED)
@@ -126,12 +130,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
             a_exponent = from_middle(decays, n_token, LEVELS, True) if RAW else n_exponent
             a_late = (a * tl.exp2(a_exponent)).to(DTYPE)
             a_slope = a_late.to(tl.float32) * da
-            if R == 1 and not RAW:  # rows that lie like the queries join them
+            if R == 1:  # rows that lie like the queries join them
                 slope += a_slope
+            else:
+                later = from_here_on(n_token, a_slope, RAW, Q)
             da *= tl.exp2(a_exponent)
-        sums = from_here_on(q_token, slope, False, Q)
-        if R > 1 or (R == 1 and RAW):
-            sums += from_here_on(n_token, a_slope, RAW, Q)
     if DECAY == 1:
         sums = sums_from_here_on(q_token, tl.sum(q * dq, 1), False, Q)
         if R > 0:
@@ -188,7 +191,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
         if DECAY == 1:
             sums -= sums_from_here_on(n_token, tl.sum(b.to(tl.float32) * db, 1), False, Q)
         if DECAY == 2:
-            sums -= from_here_on(n_token, early.to(tl.float32) * db, False, Q)
+            b_slope = early.to(tl.float32) * db
+            if R == 1:
+                slope -= b_slope
+            else:
+                later -= from_here_on(n_token, b_slope, False, Q)
             db *= tl.exp2(-n_exponent)
         db = through_own(db, tl.trans(load_pairs(scores, flat, Q, N)), q, n_token, q_token, R, PRECISION)
         if SEQUENTIAL:
@@ -216,7 +223,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
         if DECAY == 1:
             sums -= sums_from_here_on(m_token, tl.sum(w.to(tl.float32) * dl, 1), False, Q)
         if DECAY == 2:
-            sums -= from_here_on(m_token, early.to(tl.float32) * dl, False, Q)
+            w_slope = early.to(tl.float32) * dl
+            if L == 1:
+                slope -= w_slope
+            else:
+                later_lone = from_here_on(m_token, w_slope, False, Q)
             dl *= tl.exp2(-m_exponent)
         dl = through_own(dl, tl.trans(load_pairs(lone_scores, flat, Q, M)), q, m_token, q_token, L, PRECISION)
         store_rows(d_lone, dl, first, length, head, column, M, L, HV, K)
@@ -224,4 +235,11 @@ def pull_kernel(query, read, read_coefficient, write, lone_write, log_decay, sol
         at = (tile.to(tl.int64) * tokens + first + q_token) * HV + head
         tl.store(d_log_decay + at, sums + tl.sum(ends, 0), mask=q_token < length)
     if DECAY == 2:
-        store_rows(d_log_decay, sums + ends[None, :], first, length, head, column, Q, 1, HV, K)
+        sums = own_and_later(slope, d_log_decay, first, length, head, column, Q, HV, K) + ends[None, :]
+        if R == 1 and RAW:
+            sums -= a_slope
+        if R > 1:
+            sums += later
+        if L > 1:
+            sums -= later_lone
+        store_rows(d_log_decay, sums, first, length, head, column, Q, 1, HV, K)

@@ -20,10 +20,10 @@ from parallelflow.kernels.rows.factors import (
     store_rows,
     to_boundary,
 )
-from parallelflow.kernels.rows.layout import MIDDLE
-from parallelflow.kernels.rows.slopes import from_here_on, load_pairs, meets, onto, through_own
+from parallelflow.kernels.rows.layout import MIDDLE, WHOLE
+from parallelflow.kernels.rows.slopes import from_here_on, load_pairs, meets, onto, own_and_later, through_own
 
-MIDDLE_BLOCK = tl.constexpr(MIDDLE)
+WHOLE_CHUNK, MIDDLE_BLOCK = tl.constexpr(WHOLE), tl.constexpr(MIDDLE)
 
 
 @triton.jit
@@ -119,15 +119,16 @@ def pull_strong_kernel(query, read, read_coefficient, write, lone_write, log_dec
                        C: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                        M: tl.constexpr, Q: tl.constexpr,
                        H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                       BV: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr, FLOOR: tl.constexpr,
+                       BV: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr,
                        RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr,
                        READ_COEFFICIENT_HEADS: tl.constexpr, READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr,
                        LONE_HEADS: tl.constexpr, GIVEN_HEADS: tl.constexpr, TIED: tl.constexpr, PACKED: tl.constexpr,
                        PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of a tile of BK key channels, of the chunks that need FLOOR; of a tied coefficient that tile's part."""
+    """Gradients of a tile of BK key channels, of chunks not to be centred; of a tied coefficient that tile's part."""
     tile = tl.program_id(0) % TILES
     flat = (tl.program_id(0) // TILES).to(tl.int64)
-    if tl.load(floors + flat) != FLOOR:
+    floor = tl.load(floors + flat)
+    if floor == WHOLE_CHUNK:
         return
     head = flat % HV
     first, length = locate_chunk(flat // HV, table, time, per_sequence, C, PACKED)
@@ -183,23 +184,24 @@ def pull_strong_kernel(query, read, read_coefficient, write, lone_write, log_dec
     # through the pairs of different tokens
     gradients, rows, lying = (dq, da, db, dl), (q, a, b, w), (q_token, n_token, m_token)
     slopes, pairs = (q * dq, a * da, b * db, w * dl), (g, p, g_lone, p_lone)
-    if FLOOR == MIDDLE_BLOCK:
-        gradients, slopes = through_blocks(gradients, slopes, rows, lying, pairs, decays, 4, R, L, RAW, PRECISION)
-    for level in range(4 if FLOOR == MIDDLE_BLOCK else 0, LEVELS):
+    lowest = 0
+    if C > MIDDLE_BLOCK:  # noqa: SIM102 - settled while compiling
+        if floor == MIDDLE_BLOCK:
+            lowest = 4
+            gradients, slopes = through_blocks(gradients, slopes, rows, lying, pairs, decays, 4, R, L, RAW, PRECISION)
+    for level in range(lowest, LEVELS):
         gradients, slopes = through_halves(gradients, slopes, rows, lying, pairs, decays, level, R, L, RAW, PRECISION)
     dq, da, db, dl = gradients
     slope, a_slope, b_slope, w_slope = slopes
     if R == 1:  # rows that lie like the queries join them
-        slope -= b_slope
-        if not RAW:
-            slope += a_slope
+        slope += a_slope - b_slope
     if L == 1:
         slope -= w_slope
-    sums = from_here_on(q_token, slope, False, Q) + ends[None, :]
+    sums = own_and_later(slope, d_log_decay, first, length, head, column, Q, HV, K) + ends[None, :]
+    if R == 1 and RAW:
+        sums -= a_slope
     if R > 1:
-        sums -= from_here_on(n_token, b_slope, False, Q)
-    if R > 1 or (R == 1 and RAW):
-        sums += from_here_on(n_token, a_slope, RAW, Q)
+        sums += from_here_on(n_token, a_slope, RAW, Q) - from_here_on(n_token, b_slope, False, Q)
     if L > 1:
         sums -= from_here_on(m_token, w_slope, False, Q)
     store_rows(d_log_decay, sums, first, length, head, column, Q, 1, HV, K)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from parallelflow.kernels.rows.factors import in_three, weighted
+from parallelflow.kernels.rows.factors import in_three, load_rows, store_rows, weighted
 
 
 @triton.jit
@@ -29,6 +29,17 @@ def from_here_on(token, rows, STRICT: tl.constexpr, Q: tl.constexpr):
     here = tl.arange(0, Q)[:, None]
     later = token[None, :] > here if STRICT else token[None, :] >= here
     return weighted(tl.where(later, 1.0, 0.0), in_three(rows))
+
+
+@triton.jit
+def own_and_later(rows, room, first, length, head, column, Q: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):
+    """Sums of rows that lie like the queries over each token and all later ones. They go through ``room``, where the
+    result will lie: in the layout of a load a running sum takes few registers, in that of a product very many."""
+    store_rows(room, rows, first, length, head, column, Q, 1, HV, K)
+    tl.debug_barrier()
+    sums = tl.cumsum(load_rows(room, first, length, head, column, Q, 1, HV, HV, K), 0, reverse=True)
+    tl.debug_barrier()
+    return sums
 
 
 @triton.jit
