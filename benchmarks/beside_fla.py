@@ -151,7 +151,7 @@ def call(
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results.values()]
     try:
-        total = sum((x * w).sum().double() for x, w in zip(results.values(), weights, strict=True))
+        total = torch.stack([(x * w).sum().double() for x, w in zip(results.values(), weights, strict=True)]).sum()
         gradients = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
     except (NotImplementedError, RuntimeError) as error:
         return results, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

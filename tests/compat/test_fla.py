@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,39 @@ def test_simple_gla_with_a_decay_of_the_head(both):
         compare(name, tensors, {"reverse": True} if takes(name, "reverse") else {})
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if takes(name, "return_intermediate_states")])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 3, 4, T], [0, 1, 2, T, T]])
+@pytest.mark.parametrize("started", [True, False])
+def test_states_between_chunks(name, bounds, started):
+    """A third result: the state that each chunk of each sequence starts from, in the output's dtype."""
+    batch = B if bounds is None else 1
+    tensors = {letter: x.detach() for letter, x in draw(name, batch=batch).items()}
+    ends = [0, T] if bounds is None else bounds
+    packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    state = initial_state(name, B if bounds is None else len(bounds) - 1).detach() if started else None
+    wanted = []
+    for n, (start, stop) in enumerate(pairwise(ends)):
+        entry = state if state is None or bounds is None else state[n : n + 1]
+        for place in range(start, stop, 2):
+            before = {letter: x[:, start:place] for letter, x in tensors.items()}
+            wanted.append(expected(name, before, initial_state=entry)[1])
+    for first in (False, True):
+        given = None if state is None else state.transpose(-1, -2) if first else state
+        options = {"initial_state": given, "state_v_first": first, "chunk_size": 2, **packed}
+        output, final, states = call(name, tensors, return_intermediate_states=True, output_final_state=True, **options)
+        close(states.transpose(-1, -2) if first else states, torch.stack(wanted, 1), "states")
+        close(output, call(name, tensors, **options)[0], "output")
+        close(final, call(name, tensors, output_final_state=True, **options)[1], "final state")
+        assert call(name, tensors, return_intermediate_states=True, **options)[1] is None
+    half = {letter: x.half() for letter, x in tensors.items()}
+    assert call(name, half, return_intermediate_states=True, **packed)[2].dtype == torch.float16
+
+
+def test_no_chunk_no_state():
+    tensors = {letter: x.detach()[:, :0] for letter, x in draw("chunk_kda").items()}
+    assert fla.chunk_kda(**tensors, return_intermediate_states=True)[2].shape == (B, 0, HV, K, V)
+
+
 def test_comba_without_a_removal_key():
     """None is the key."""
     tensors = {letter: x.detach() for letter, x in draw("chunk_comba").items()}
@@ -394,10 +428,14 @@ def test_arguments_that_do_not_fit():
         fla.chunk_delta_rule(q, k, v, beta, k=k)
     with pytest.raises(TypeError, match="got 11 positional arguments, expected at most 10: q, k"):
         fla.chunk_delta_rule(q, k, v, beta, *[None] * 7)
-    with pytest.raises(ValueError, match="cp_context: got 1, expected None"):
+    with pytest.raises(ValueError, match="cp_context: got int, expected None"):
         fla.chunk_gated_delta_rule(**draw("chunk_gated_delta_rule"), cp_context=1)
-    with pytest.raises(ValueError, match="return_intermediate_states: got True, expected False"):
-        fla.chunk_kda(**draw("chunk_kda"), return_intermediate_states=True)
+    with pytest.raises(ValueError, match="use_graph: got True with cu_seqlens, expected False"):
+        fla.chunk_kda(**draw("chunk_kda", batch=1), use_graph=True, cu_seqlens=torch.tensor([0, T]))
+    with pytest.raises(ValueError, match="chunk_size: got 0, expected"):
+        fla.chunk_kda(**draw("chunk_kda"), chunk_size=0)
+    with pytest.raises(TypeError, match="initial_state: got tuple, expected a tensor"):
+        fla.chunk_delta_rule(q, k, v, beta, initial_state=(None, None))
     with pytest.raises(ValueError, match=r"lower_bound: got 1\.0, expected a negative number"):
         fla.chunk_rwkv7(**draw("chunk_rwkv7"), lower_bound=1.0)
 
