@@ -1,6 +1,6 @@
 """FLA itself, apart, on a CPU: its signatures, its kernels in Triton's interpreter, ``install`` in it.
 
-    python -m tests.compat.fla_itself signatures states install
+    python -m tests.compat.fla_itself signatures states install transformers
     python -m tests.compat.fla_itself chunk_kda chunk_comba …
 
 Prints JSON, a line each. A process of its own, with ``TRITON_INTERPRET=1``: Transformers takes FLA's kernels wherever
@@ -131,6 +131,26 @@ def install() -> None:
     print(json.dumps({"installed": True}))
 
 
+def transformers_model() -> None:
+    """Transformers takes FLA's kernels for its layers; accelerated, they run on a CPU nevertheless."""
+    from parallelflow.compat.transformers import accelerate
+    from tests.compat.test_transformers import build, prompt
+
+    model, ids = build("qwen3_next"), prompt(9)
+    modeling = sys.modules[type(model).__module__]
+    taken = inspect.getclosurevars(modeling.torch_chunk_gated_delta_rule).nonlocals["implementation"]
+    with torch.no_grad(), accelerate(model):
+        logits = model(ids).logits[0, -1].tolist()
+    print(json.dumps({"taken": taken.__module__, "logits": logits}), flush=True)
+
+
+COMMANDS = {
+    "signatures": signatures,
+    "states": states_between_chunks,
+    "install": install,
+    "transformers": transformers_model,
+}
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -139,4 +159,4 @@ if __name__ == "__main__":
         if asked in FAMILY_OF:
             kernels(asked)
         else:
-            {"signatures": signatures, "states": states_between_chunks, "install": install}[asked]()
+            COMMANDS[asked]()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -27,7 +28,7 @@ if not (BESIDE / "fla").is_dir() and importlib.util.find_spec("fla") is None:
 
 COSTLY = ("chunk_kda", "chunk_gdn2", "chunk_rwkv7", "chunk_dplr_delta_rule")
 SHARES = {"costly": COSTLY, "others": tuple(name for name in NAMES if name not in COSTLY)}
-ASKED = {**SHARES, "about": ("signatures", "states", "install")}
+ASKED = {**SHARES, "about": ("signatures", "states", "install", "transformers")}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,17 @@ def test_states_between_chunks(told):
 
 def test_install_in_the_library_itself(told):
     assert {"installed": True} in told["about"]
+
+
+def test_accelerated_models_run_where_flas_kernels_do_not(told):
+    """Transformers prefers FLA's kernels wherever FLA is; accelerated, the logits are those that it has without FLA."""
+    pytest.importorskip("transformers")
+    from tests.compat.test_transformers import build, prompt
+
+    row = next(row for row in told["about"] if "logits" in row)
+    assert row["taken"].startswith("fla.ops")
+    with torch.no_grad():
+        expected = build("qwen3_next")(prompt(9)).logits[0, -1]
+    torch.testing.assert_close(
+        torch.tensor(row["logits"]), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+    )
