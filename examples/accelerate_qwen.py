@@ -40,9 +40,8 @@ def prefill():
 
 def training_step():
     model.zero_grad()
-    loss = model(prompt, labels=prompt, use_cache=False).loss
-    loss.backward()
-    return loss.detach()
+    model(prompt, labels=prompt, use_cache=False).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def text():
