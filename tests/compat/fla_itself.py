@@ -1,6 +1,6 @@
 """FLA itself, apart, on a CPU: its signatures, its kernels in Triton's interpreter, ``install`` in it.
 
-    python -m tests.compat.fla_itself signatures states install transformers
+    python -m tests.compat.fla_itself signatures states install context transformers
     python -m tests.compat.fla_itself chunk_kda chunk_comba …
 
 Prints JSON, a line each. A process of its own, with ``TRITON_INTERPRET=1``: Transformers takes FLA's kernels wherever
@@ -23,6 +23,7 @@ import tests.kernels.conftest  # noqa: F401  mends the interpreter
 from benchmarks.beside_fla import Sizes, check, variants
 from benchmarks.check_fla import without_tuning
 from parallelflow.compat import fla as ours
+from parallelflow.compat.fla.context import boundaries
 
 SMALL = Sizes(batch=1, time=16, key_heads=1, value_heads=2, key_dim=16, value_dim=16, packed=(0, 7, 8, 16))
 
@@ -144,7 +145,21 @@ def transformers_model() -> None:
     print(json.dumps({"taken": taken.__module__, "logits": logits}), flush=True)
 
 
+def context() -> None:
+    """What FLA's contexts of all ranks say, put together: the boundaries that they were made from."""
+    from fla.ops.cp.context import get_cp_cu_seqlens
+
+    for size in (1, 2, 3, 4):
+        for starts in ([0, 24], [0, 1, 6, 12, 13, 24], [0, 6, 12, 18, 24], [0, 23, 24]):
+            pieces = []
+            for rank in range(size):
+                own = get_cp_cu_seqlens(torch.tensor(starts), world_size=size, rank=rank)
+                pieces.append((own.is_first_rank, own.cu_seqlens.tolist()))
+            print(json.dumps({"ranks": size, "starts": starts, "line": boundaries(pieces)}))
+
+
 COMMANDS = {
+    "context": context,
     "signatures": signatures,
     "states": states_between_chunks,
     "install": install,

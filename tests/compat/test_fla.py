@@ -8,6 +8,7 @@ import json
 import zlib
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -428,8 +429,12 @@ def test_arguments_that_do_not_fit():
         fla.chunk_delta_rule(q, k, v, beta, k=k)
     with pytest.raises(TypeError, match="got 11 positional arguments, expected at most 10: q, k"):
         fla.chunk_delta_rule(q, k, v, beta, *[None] * 7)
-    with pytest.raises(ValueError, match="cp_context: got int, expected None"):
+    with pytest.raises(ValueError, match="cp_context: got 1, expected one with a group and cu_seqlens"):
         fla.chunk_gated_delta_rule(**draw("chunk_gated_delta_rule"), cp_context=1)
+    with pytest.raises(ValueError, match="cp_context: got the layout 'zigzag', expected 'contiguous'"):
+        fla.chunk_kda(**draw("chunk_kda"), cp_context=SimpleNamespace(layout="zigzag"))
+    with pytest.raises(ValueError, match="cp_context: got one with initial_state or output_final_state"):
+        fla.chunk_kda(**draw("chunk_kda"), cp_context=SimpleNamespace(), output_final_state=True)
     with pytest.raises(ValueError, match="use_graph: got True with cu_seqlens, expected False"):
         fla.chunk_kda(**draw("chunk_kda", batch=1), use_graph=True, cu_seqlens=torch.tensor([0, T]))
     with pytest.raises(ValueError, match="chunk_size: got 0, expected"):

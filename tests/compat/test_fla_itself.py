@@ -28,7 +28,7 @@ if not (BESIDE / "fla").is_dir() and importlib.util.find_spec("fla") is None:
 
 COSTLY = ("chunk_kda", "chunk_gdn2", "chunk_rwkv7", "chunk_dplr_delta_rule")
 SHARES = {"costly": COSTLY, "others": tuple(name for name in NAMES if name not in COSTLY)}
-ASKED = {**SHARES, "about": ("signatures", "states", "install", "transformers")}
+ASKED = {**SHARES, "about": ("signatures", "states", "install", "context", "transformers")}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,12 @@ def test_states_between_chunks(told):
 
 def test_install_in_the_library_itself(told):
     assert {"installed": True} in told["about"]
+
+
+def test_contexts_of_ranks(told):
+    rows = [row for row in told["about"] if "line" in row]
+    assert len(rows) == 16
+    assert all(row["line"] == row["starts"] for row in rows), rows
 
 
 def test_accelerated_models_run_where_flas_kernels_do_not(told):

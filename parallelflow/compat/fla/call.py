@@ -1,7 +1,7 @@
 """The one way from a call in FLA's terms to one of the engine: what all functions share is handled here.
 
 ``scale``, ``initial_state``, ``output_final_state``, ``state_v_first``, ``use_qk_l2norm_in_kernel``, ``cu_seqlens``,
-``cu_seqlens_cpu``, ``chunk_size``, ``reverse`` and ``return_intermediate_states`` become the engine's options.
+``cu_seqlens_cpu``, ``chunk_size``, ``reverse``, ``cp_context`` and ``return_intermediate_states`` become the engine's.
 ``chunk_indices``, ``disable_recompute`` and ``max_num_seqs`` tell FLA's kernels how to run and do not change a result;
 there is nothing to tell here.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.compat.fla.chunk_states import chunk_starts, states_of_chunks
+from parallelflow.compat.fla.context import over_ranks
 from parallelflow.compat.fla.signatures import FAMILIES, Arguments
 
 
@@ -52,7 +53,11 @@ def function(name: str, mapping: Callable[..., Mapped]) -> Callable[..., Any]:
 
 
 def _run(mapped: Mapped, given: dict[str, Any]) -> tuple[Any, ...]:
-    _refuse(given)
+    if given.get("use_graph") and given.get("cu_seqlens") is not None:
+        raise ValueError(
+            "use_graph: got True with cu_seqlens, expected False: packed lengths are read on the host, where a graph "
+            "that is replayed cannot read others"
+        )
     tensors = mapped.tensors
     query, cu_seqlens = tensors["query"], given.get("cu_seqlens")
     order = _backwards(query, cu_seqlens) if given.get("reverse") else None
@@ -65,6 +70,8 @@ def _run(mapped: Mapped, given: dict[str, Any]) -> tuple[Any, ...]:
         options["cu_seqlens_cpu"] = given["cu_seqlens_cpu"]
     if given.get("use_qk_l2norm_in_kernel"):
         options["normalize_query_key"] = True
+    if given.get("cp_context") is not None:
+        options |= over_ranks(given["cp_context"], query, given)
     starts = None
     if given.get("return_intermediate_states"):
         starts = chunk_starts(query.shape[1], cu_seqlens, chunk_size)
@@ -100,20 +107,6 @@ def _run(mapped: Mapped, given: dict[str, Any]) -> tuple[Any, ...]:
     later = [x.to(output.dtype) for x in result.states.unbind(1)] if starts.positions else []
     states = states_of_chunks(starts, state.to(output.dtype), later, cu_seqlens is not None)
     return output, final, states.transpose(-1, -2).contiguous() if value_first else states
-
-
-def _refuse(given: dict[str, Any]) -> None:
-    """What FLA offers and this does not."""
-    if given.get("cp_context") is not None:
-        raise ValueError(
-            f"cp_context: got {type(given['cp_context']).__name__}, expected None: over ranks, take the functions of "
-            'parallelflow with aggregate="distributed"'
-        )
-    if given.get("use_graph") and given.get("cu_seqlens") is not None:
-        raise ValueError(
-            "use_graph: got True with cu_seqlens, expected False: packed lengths are read on the host, where a graph "
-            "that is replayed cannot read others"
-        )
 
 
 def _value_first(given: dict[str, Any]) -> bool:
