@@ -2,8 +2,8 @@
 
 FLA's function and ours get the same tensors of 16 bits (decays and gates float32), and ours the same in float64, which
 is the truth. Ours agrees where each of its errors is at most twice the larger of FLA's and of what rounding inputs and
-results to their dtypes makes, and FLA's is below a tenth: then both compute the same thing. Gradients are compared
-where FLA has them; what FLA does not run, refuses, or makes infinite is said in the row.
+results to their dtypes makes, and FLA's is at most eight times the latter or a hundredth: then both compute the same
+thing. Gradients are compared where FLA has them; what FLA does not run, refuses, or makes infinite is said in the row.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def check(
             agrees &= mine[key].dtype == reference[key].dtype
         if math.isfinite(theirs_off):
             allowed = max(theirs_off, rounding)
-            agrees &= theirs_off < 0.1
+            agrees &= theirs_off <= max(8 * rounding, 0.01)  # its gradient of A_log sums what is rounded already
         else:
             allowed = rounding
             notes.append(f"{key} is not finite")
