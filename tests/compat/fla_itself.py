@@ -1,6 +1,6 @@
 """FLA itself, apart, on a CPU: its signatures, its kernels in Triton's interpreter, ``install`` in it.
 
-    python -m tests.compat.fla_itself signatures states install context transformers
+    python -m tests.compat.fla_itself signatures states install layers context transformers
     python -m tests.compat.fla_itself chunk_kda chunk_comba …
 
 Prints JSON, a line each. A process of its own, with ``TRITON_INTERPRET=1``: Transformers takes FLA's kernels wherever
@@ -158,7 +158,42 @@ def context() -> None:
             print(json.dumps({"ranks": size, "starts": starts, "line": boundaries(pieces)}))
 
 
+LAYERS = {
+    "gated_deltanet.GatedDeltaNet": {"head_dim": 16, "expand_v": 1},
+    "gated_deltaproduct.GatedDeltaProduct": {"head_dim": 16, "expand_v": 1},
+    "kda.KimiDeltaAttention": {"head_dim": 16},
+    "comba.Comba": {"head_dim": 16, "expand_v": 1},
+    "delta_net.DeltaNet": {},
+    "gla.GatedLinearAttention": {},
+    "multiscale_retention.MultiScaleRetention": {},
+    "linear_attn.LinearAttention": {},
+    "rwkv7.RWKV7Attention": {"head_dim": 16, "num_heads": None, "layer_idx": 0, "num_hidden_layers": 4},
+}
+
+
+def layers() -> None:
+    """FLA's own layers, in float16: as they are, and while ours is installed."""
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 16, 32).half()
+    for path, options in LAYERS.items():
+        place, kind = path.split(".")
+        module = importlib.import_module(f"fla.layers.{place}")
+        layer = getattr(module, kind)(hidden_size=32, **{"num_heads": 2, **options}).half().train()
+        for parameter in layer.parameters():
+            if not parameter.any():  # RWKV-7's output projection begins at 0
+                torch.nn.init.normal_(parameter, std=0.1)
+        mend_modules()
+        reference = layer(tokens)[0].float()
+        with ours.install():
+            held = [name for name in FAMILY_OF if name in vars(module)]
+            replaced = all(getattr(module, name).__wrapped__ is getattr(ours, name) for name in held)
+            output = layer(tokens)[0].float()
+        error = ((output - reference).norm() / reference.norm()).item()
+        print(json.dumps({"layer": kind, "functions": held, "replaced": replaced, "error": error}), flush=True)
+
+
 COMMANDS = {
+    "layers": layers,
     "context": context,
     "signatures": signatures,
     "states": states_between_chunks,

@@ -28,7 +28,7 @@ if not (BESIDE / "fla").is_dir() and importlib.util.find_spec("fla") is None:
 
 COSTLY = ("chunk_kda", "chunk_gdn2", "chunk_rwkv7", "chunk_dplr_delta_rule")
 SHARES = {"costly": COSTLY, "others": tuple(name for name in NAMES if name not in COSTLY)}
-ASKED = {**SHARES, "about": ("signatures", "states", "install", "context", "transformers")}
+ASKED = {**SHARES, "about": ("signatures", "states", "install", "layers", "context", "transformers")}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,15 @@ def test_states_between_chunks(told):
 
 def test_install_in_the_library_itself(told):
     assert {"installed": True} in told["about"]
+
+
+def test_flas_own_layers(told):
+    rows = [row for row in told["about"] if "layer" in row]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["functions"], row
+        assert row["replaced"], row
+        assert row["error"] < 2**-9, row  # of float16 2^-11 a rounding, on both sides
 
 
 def test_contexts_of_ranks(told):
