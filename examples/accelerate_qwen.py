@@ -30,7 +30,7 @@ model = Qwen3NextForCausalLM(  # an eighth as wide as the published one, with ra
         eos_token_id=None,
     )
 ).eval()
-prompt = torch.randint(3, 2000, (1, 1024))
+prompt = torch.randint(3, 2000, (1, 512))
 
 
 def prefill():
