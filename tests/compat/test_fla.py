@@ -445,6 +445,35 @@ def test_arguments_that_do_not_fit():
         fla.chunk_rwkv7(**draw("chunk_rwkv7"), lower_bound=1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "said"),
+    [
+        ("chunk_gated_delta_rule", {"head_first": True}, TypeError, "head_first: not taken by chunk_gated"),
+        ("chunk_gated_delta_rule", {"beta": None}, TypeError, "beta: got None for chunk_gated_delta_rule"),
+        ("chunk_kda", {"g": None}, TypeError, "g: got None for chunk_kda"),
+        ("chunk_gla", {"g": None}, TypeError, "g: got None for chunk_gla"),
+        ("chunk_kda", {"g": torch.zeros(B, T, HV)}, ValueError, r"g: got shape \[2, 7, 4\] with 3 axes, expected"),
+        ("chunk_rwkv7", {"w": torch.zeros(B, T, HV)}, ValueError, r"w: got shape \[2, 7, 4\]"),
+        ("chunk_simple_gla", {"g": None, "g_gamma": torch.zeros(3)}, ValueError, r"g_gamma: got shape \[3\]"),
+        ("fused_recurrent_gla", {"gv": torch.zeros(B, T, HV)}, ValueError, r"gv: got shape \[2, 7, 4\], expected"),
+        ("fused_recurrent_delta_rule", {"beta": torch.zeros(B, T, HV, 2)}, ValueError,
+         r"beta: got shape \[2, 7, 4, 2\]"),
+        ("chunk_gated_delta_rule", {"use_gate_in_kernel": True, "A_log": torch.zeros(3)}, ValueError,
+         r"A_log: got shape \[3\], expected 4 numbers"),
+        ("chunk_linear_attn", {"initial_state": [None]}, ValueError, "initial_state: got list, expected a tensor"),
+        ("chunk_linear_attn", {"initial_state": (None, torch.zeros(B, HV, K))}, ValueError,
+         r"initial_state: got \[2, 4, 5\], expected a tensor \[N, 1, 4, 5\]"),
+        ("chunk_gated_delta_rule", {"cu_seqlens": torch.tensor([0, T])}, ValueError,
+         "cu_seqlens: got a query with batch 2"),
+        ("chunk_gated_delta_rule", {"initial_state": torch.zeros(1, HV, K, V).double()}, ValueError,
+         "initial_state: got shape"),
+    ],
+)  # fmt: skip
+def test_errors_name_flas_arguments(name, changes, error, said):
+    with pytest.raises(error, match=said):
+        call(name, {**draw(name), **changes})
+
+
 def test_former_name_of_state_v_first():
     x = draw("chunk_gated_delta_rule")
     with pytest.warns(DeprecationWarning, match="transpose_state_layout is the former name"):

@@ -91,7 +91,10 @@ def _run(mapped: Mapped, given: dict[str, Any]) -> tuple[Any, ...]:
 
     wanted = bool(given["output_final_state"])
     needed = wanted or mapped.leave is not None
-    result = mapped.model(**tensors, initial_state=state, return_final_state=needed, **options)
+    try:
+        result = mapped.model(**tensors, initial_state=state, return_final_state=needed, **options)
+    except (TypeError, ValueError) as error:
+        raise _in_flas_letters(error, mapped.tensors, given) from error
     output, final = result[:2]
     if order is not None:
         output = output[:, order]
@@ -107,6 +110,16 @@ def _run(mapped: Mapped, given: dict[str, Any]) -> tuple[Any, ...]:
     later = [x.to(output.dtype) for x in result.states.unbind(1)] if starts.positions else []
     states = states_of_chunks(starts, state.to(output.dtype), later, cu_seqlens is not None)
     return output, final, states.transpose(-1, -2).contiguous() if value_first else states
+
+
+def _in_flas_letters(error: TypeError | ValueError, tensors: dict[str, Tensor], given: dict[str, Any]) -> Exception:
+    """The same error, of the argument that the caller knows: ``g`` for ``log_decay`` where the one is the other."""
+    name, colon, rest = str(error).partition(":")
+    if colon and name in tensors:
+        for letter, value in given.items():
+            if value is tensors[name]:
+                return type(error)(f"{letter}:{rest}")
+    return error
 
 
 def _value_first(given: dict[str, Any]) -> bool:
