@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
+MADE_FROM := requirements.txt tests/compat/requirements.txt pyproject.toml
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
@@ -46,7 +47,7 @@ format: venv
 
 # The environment holds a copy of what it was made from; it is made again only when that differs.
 venv:
-	@if cat requirements.txt pyproject.toml | cmp -s - $(VENV)/made-from 2>/dev/null; then exit 0; fi; \
+	@if cat $(MADE_FROM) | cmp -s - $(VENV)/made-from 2>/dev/null; then exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV)/made-from
 
 .PHONY: $(VENV)/made-from
@@ -60,7 +61,8 @@ $(VENV)/made-from:
 	@$(PIP) install -qq $(TORCH)
 	@$(PIP) install -qq --no-deps --requirement requirements.txt
 	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
-	@cat requirements.txt pyproject.toml > $@
+	@$(PIP) install -qq --no-deps --target $(VENV)/beside --requirement tests/compat/requirements.txt
+	@cat $(MADE_FROM) > $@
 	@echo "Done: $$($(BIN)/python -c 'import torch; print("torch", torch.__version__)')"
 
 clean:

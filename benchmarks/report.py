@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "context_parallel.md")
+DOCUMENTS = (README, ROOT / "docs" / "context_parallel.md", ROOT / "docs" / "coming_from_fla.md")
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -210,11 +210,25 @@ def context_parallel_table(result: Result) -> str:
     return context_table(result)
 
 
+def compat_table(result: Result) -> str:
+    from benchmarks import compat_report
+
+    return compat_report.compat_table(result)
+
+
+def accelerate_table(result: Result) -> str:
+    from benchmarks import compat_report
+
+    return compat_report.accelerate_table(result)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "gpu": gpu_table,
     "cpu": cpu_table,
     "decode": decode_table,
     "context_parallel": context_parallel_table,
+    "compat": compat_table,
+    "accelerate": accelerate_table,
 }
 """What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
 

@@ -106,6 +106,35 @@ def test_a_table_of_steps(tmp_path, monkeypatch):
     assert "|  | FLA | 8.00 µs, 25 %, 2.00 × | – | 20.0 |" in lines
 
 
+def test_a_table_beside_fla(tmp_path, monkeypatch):
+    """A line a function, its worst errors; what disagrees, and what FLA does not run, is said."""
+    kda = {"function": "chunk_kda", "options": {}, "forward": {"of": "state 0", "ours": 3e-3, "fla": 2e-3}}
+    rows = [
+        {**kda, "agrees": True, "gradient": {"of": "d q", "ours": 1e-3, "fla": 1e-3}},
+        {**kda, "agrees": False, "gradient": {"of": "d g", "ours": 2e-2, "fla": 1e-3}},
+        {**kda, "function": "chunk_comba", "agrees": True, "fla": "RuntimeError: Triton >= 3.4.0 and"},
+    ]
+    sizes = {"batch": 1, "time": 2, "key_heads": 3, "value_heads": 4, "key_dim": 5}
+    report.save({**result(*rows), **sizes, "kind": "compat"}, tmp_path / "card.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    table = report.render("<!-- benchmarks: compat card.json -->\n\n<!-- /benchmarks -->")
+    assert "| `chunk_kda` |  | 1 of 2 | state 3.0e-03 | 2.0e-03 | d g 2.0e-02 | 1.0e-03 |" in table
+    assert "| `chunk_comba` | its gated backward refuses" in table
+    assert "2 of 3 calls agree" in table
+    assert "In the others it is d g that is farther from it." in table
+
+
+def test_a_table_of_accelerated_models(tmp_path, monkeypatch):
+    row = {"model": "m", "part": "layer", "time": 64, "transformers_ms": 8.0, "parallelflow_ms": 4.0, "ratio": 2.0,
+           "difference": 4e-7}  # fmt: skip
+    whole = {**row, "part": "model", "kind": "token", "ratio": 0.5}
+    report.save({**result({**row, "kind": "prefill"}, whole), "cores": 2}, tmp_path / "a.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    table = report.render("<!-- benchmarks: accelerate a.json -->\n\n<!-- /benchmarks -->")
+    assert "| `m` | a layer | 8.00 → 4.00, 2.00 × | – | – |" in table
+    assert "| `m` | whole | – | – | 8.00 → 4.00, 0.50 × |" in table
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "–"), (0.2, "0.200"), (1.234, "1.23"), (99.96, "100"), (4016, "4016")]
 )

@@ -6,7 +6,9 @@ import functools
 import inspect
 import json
 import zlib
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +302,39 @@ def test_simple_gla_with_a_decay_of_the_head(both):
         compare(name, tensors, {"reverse": True} if takes(name, "reverse") else {})
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if takes(name, "return_intermediate_states")])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 3, 4, T], [0, 1, 2, T, T]])
+@pytest.mark.parametrize("started", [True, False])
+def test_states_between_chunks(name, bounds, started):
+    """A third result: the state that each chunk of each sequence starts from, in the output's dtype."""
+    batch = B if bounds is None else 1
+    tensors = {letter: x.detach() for letter, x in draw(name, batch=batch).items()}
+    ends = [0, T] if bounds is None else bounds
+    packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    state = initial_state(name, B if bounds is None else len(bounds) - 1).detach() if started else None
+    wanted = []
+    for n, (start, stop) in enumerate(pairwise(ends)):
+        entry = state if state is None or bounds is None else state[n : n + 1]
+        for place in range(start, stop, 2):
+            before = {letter: x[:, start:place] for letter, x in tensors.items()}
+            wanted.append(expected(name, before, initial_state=entry)[1])
+    for first in (False, True):
+        given = None if state is None else state.transpose(-1, -2) if first else state
+        options = {"initial_state": given, "state_v_first": first, "chunk_size": 2, **packed}
+        output, final, states = call(name, tensors, return_intermediate_states=True, output_final_state=True, **options)
+        close(states.transpose(-1, -2) if first else states, torch.stack(wanted, 1), "states")
+        close(output, call(name, tensors, **options)[0], "output")
+        close(final, call(name, tensors, output_final_state=True, **options)[1], "final state")
+        assert call(name, tensors, return_intermediate_states=True, **options)[1] is None
+    half = {letter: x.half() for letter, x in tensors.items()}
+    assert call(name, half, return_intermediate_states=True, **packed)[2].dtype == torch.float16
+
+
+def test_no_chunk_no_state():
+    tensors = {letter: x.detach()[:, :0] for letter, x in draw("chunk_kda").items()}
+    assert fla.chunk_kda(**tensors, return_intermediate_states=True)[2].shape == (B, 0, HV, K, V)
+
+
 def test_comba_without_a_removal_key():
     """None is the key."""
     tensors = {letter: x.detach() for letter, x in draw("chunk_comba").items()}
@@ -394,12 +429,49 @@ def test_arguments_that_do_not_fit():
         fla.chunk_delta_rule(q, k, v, beta, k=k)
     with pytest.raises(TypeError, match="got 11 positional arguments, expected at most 10: q, k"):
         fla.chunk_delta_rule(q, k, v, beta, *[None] * 7)
-    with pytest.raises(ValueError, match="cp_context: got 1, expected None"):
+    with pytest.raises(ValueError, match="cp_context: got 1, expected one with a group and cu_seqlens"):
         fla.chunk_gated_delta_rule(**draw("chunk_gated_delta_rule"), cp_context=1)
-    with pytest.raises(ValueError, match="return_intermediate_states: got True, expected False"):
-        fla.chunk_kda(**draw("chunk_kda"), return_intermediate_states=True)
+    with pytest.raises(ValueError, match="cp_context: got the layout 'zigzag', expected 'contiguous'"):
+        fla.chunk_kda(**draw("chunk_kda"), cp_context=SimpleNamespace(layout="zigzag"))
+    with pytest.raises(ValueError, match="cp_context: got one with initial_state or output_final_state"):
+        fla.chunk_kda(**draw("chunk_kda"), cp_context=SimpleNamespace(), output_final_state=True)
+    with pytest.raises(ValueError, match="use_graph: got True with cu_seqlens, expected False"):
+        fla.chunk_kda(**draw("chunk_kda", batch=1), use_graph=True, cu_seqlens=torch.tensor([0, T]))
+    with pytest.raises(ValueError, match="chunk_size: got 0, expected"):
+        fla.chunk_kda(**draw("chunk_kda"), chunk_size=0)
+    with pytest.raises(TypeError, match="initial_state: got tuple, expected a tensor"):
+        fla.chunk_delta_rule(q, k, v, beta, initial_state=(None, None))
     with pytest.raises(ValueError, match=r"lower_bound: got 1\.0, expected a negative number"):
         fla.chunk_rwkv7(**draw("chunk_rwkv7"), lower_bound=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "said"),
+    [
+        ("chunk_gated_delta_rule", {"head_first": True}, TypeError, "head_first: not taken by chunk_gated"),
+        ("chunk_gated_delta_rule", {"beta": None}, TypeError, "beta: got None for chunk_gated_delta_rule"),
+        ("chunk_kda", {"g": None}, TypeError, "g: got None for chunk_kda"),
+        ("chunk_gla", {"g": None}, TypeError, "g: got None for chunk_gla"),
+        ("chunk_kda", {"g": torch.zeros(B, T, HV)}, ValueError, r"g: got shape \[2, 7, 4\] with 3 axes, expected"),
+        ("chunk_rwkv7", {"w": torch.zeros(B, T, HV)}, ValueError, r"w: got shape \[2, 7, 4\]"),
+        ("chunk_simple_gla", {"g": None, "g_gamma": torch.zeros(3)}, ValueError, r"g_gamma: got shape \[3\]"),
+        ("fused_recurrent_gla", {"gv": torch.zeros(B, T, HV)}, ValueError, r"gv: got shape \[2, 7, 4\], expected"),
+        ("fused_recurrent_delta_rule", {"beta": torch.zeros(B, T, HV, 2)}, ValueError,
+         r"beta: got shape \[2, 7, 4, 2\]"),
+        ("chunk_gated_delta_rule", {"use_gate_in_kernel": True, "A_log": torch.zeros(3)}, ValueError,
+         r"A_log: got shape \[3\], expected 4 numbers"),
+        ("chunk_linear_attn", {"initial_state": [None]}, ValueError, "initial_state: got list, expected a tensor"),
+        ("chunk_linear_attn", {"initial_state": (None, torch.zeros(B, HV, K))}, ValueError,
+         r"initial_state: got \[2, 4, 5\], expected a tensor \[N, 1, 4, 5\]"),
+        ("chunk_gated_delta_rule", {"cu_seqlens": torch.tensor([0, T])}, ValueError,
+         "cu_seqlens: got a query with batch 2"),
+        ("chunk_gated_delta_rule", {"initial_state": torch.zeros(1, HV, K, V).double()}, ValueError,
+         "initial_state: got shape"),
+    ],
+)  # fmt: skip
+def test_errors_name_flas_arguments(name, changes, error, said):
+    with pytest.raises(error, match=said):
+        call(name, {**draw(name), **changes})
 
 
 def test_former_name_of_state_v_first():

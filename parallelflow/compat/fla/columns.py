@@ -11,8 +11,10 @@ from torch import Tensor
 from parallelflow.compat.fla.call import Mapped
 
 
-def flat(tensor: Tensor) -> Tensor:
+def flat(name: str, tensor: Tensor, value: Tensor) -> Tensor:
     """One number a value channel, ``[B, T, HV, V]``, as one number a head, ``[B, T, HV · V]``."""
+    if tensor.shape != value.shape:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected the values', {list(value.shape)}")
     return tensor.flatten(2, 3)
 
 
@@ -35,4 +37,4 @@ def by_columns(mapped: Mapped) -> Mapped:
             return output, None
         return output, state.squeeze(-1).unflatten(1, (heads, columns)).transpose(-1, -2).contiguous()
 
-    return Mapped(mapped.model, {**mapped.tensors, "value": flat(value).unsqueeze(-1)}, enter, leave)
+    return Mapped(mapped.model, {**mapped.tensors, "value": value.flatten(2, 3).unsqueeze(-1)}, enter, leave)

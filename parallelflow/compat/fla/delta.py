@@ -19,9 +19,9 @@ def _erase_and_write(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decays: dict
     apart = gv is not None or beta.ndim == 4  # the columns of a head differ
     if apart:
         g, gk = (None if decay is None else repeated(decay, columns) for decay in (g, gk))
-        beta = flat(beta) if beta.ndim == 4 else repeated(beta, columns)
+        beta = flat("beta", beta, v) if beta.ndim == 4 else repeated(beta, columns)
         if gv is not None:
-            g = flat(gv) if g is None else g + flat(gv)
+            g = flat("gv", gv, v) if g is None else g + flat("gv", gv, v)
     tensors: dict[str, Tensor] = {"query": q, "key": k, "value": v, "beta": beta}
     model: Any = functional.delta_rule
     if gk is not None:
@@ -121,7 +121,7 @@ def _comba(q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, g: Tensor, beta: T
     beta = beta_of(beta, v, False, False)
     apart = beta.ndim == 4
     if apart:
-        beta, g = flat(beta), repeated(g, v.shape[-1])
+        beta, g = flat("beta", beta, v), repeated(g, v.shape[-1])
     removal_key = k if p is None else p
     tensors = {"query": q, "key": k, "value": v, "beta": beta, "log_decay": g, "removal_key": removal_key}
     mapped = Mapped(functional.comba, tensors)

@@ -42,6 +42,9 @@ def log_decay(
         raise ValueError(f"lower_bound: got {lower_bound} with safe_gate=True, expected a number in [-5, 0)")
     raw = g.to(torch.promote_types(g.dtype, torch.float32))
     heads = g.shape[2:]
+    for name, parameter, count in (("A_log", A_log, heads[:1].numel()), ("dt_bias", dt_bias, heads.numel())):
+        if parameter is not None and parameter.numel() != count:
+            raise ValueError(f"{name}: got shape {list(parameter.shape)}, expected {count} numbers")
     if dt_bias is not None:
         raw = raw + dt_bias.to(raw.dtype).reshape(heads)
     rate = None if A_log is None else A_log.to(raw.dtype).exp().reshape(heads[0], *(1 for _ in heads[1:]))

@@ -27,6 +27,11 @@ def _linear_attn(q: Tensor, k: Tensor, v: Tensor, normalize: bool = False) -> Ma
 
     def enter(state: Any) -> Tensor | None:
         matrix, keys = state if isinstance(state, tuple) else (state, None)
+        shape = [v.shape[2], q.shape[-1], v.shape[-1]]
+        for part, expected in ((matrix, ["N", *shape]), (keys, ["N", 1, *shape[:2]])):
+            if part is not None and (not isinstance(part, Tensor) or list(part.shape[1:]) != expected[1:]):
+                found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"initial_state: got {found}, expected a tensor {expected}".replace("'N'", "N"))
         if matrix is None and keys is None:
             return None
         if keys is None:
@@ -89,8 +94,8 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor |
             return Mapped(functional.linear_attention, tensors)
         return Mapped(functional.gated_linear_attention, {**tensors, "log_decay": gk})
     if gk is None:
-        return by_columns(Mapped(functional.ssd, {**tensors, "log_decay": flat(gv)}))
-    decay = repeated(gk, columns) + flat(gv).unsqueeze(-1)
+        return by_columns(Mapped(functional.ssd, {**tensors, "log_decay": flat("gv", gv, v)}))
+    decay = repeated(gk, columns) + flat("gv", gv, v).unsqueeze(-1)
     return by_columns(Mapped(functional.gated_linear_attention, {**tensors, "log_decay": decay}))
 
 

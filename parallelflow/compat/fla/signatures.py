@@ -121,6 +121,10 @@ FAMILIES: dict[str, dict[str, str]] = {
 """Module below ``fla.ops`` → function → its parameters."""
 
 
+_MAY_BE_NONE = {("chunk_gated_delta_product", "g"), ("chunk_comba", "p"), ("fused_recurrent_comba", "p")}
+"""Parameters without a default for which FLA takes None: no decay; the key."""
+
+
 class Arguments:
     """A function's parameters, and calls sorted into them."""
 
@@ -156,6 +160,8 @@ class Arguments:
             )
         given = {**self.defaults, **dict(zip(self.positional, args, strict=False))}
         for name, value in keywords.items():
+            if name == "head_first":
+                raise TypeError(f"head_first: not taken by {self.function}, as in FLA: tensors are [B, T, H, ...]")
             if name not in self.names:
                 known = ", ".join(self.names)
                 raise TypeError(
@@ -167,4 +173,7 @@ class Arguments:
         missing = [name for name in self.names if name not in given]
         if missing:
             raise TypeError(f"{missing[0]}: not given to {self.function}, expected a value")
+        for name in self.names:
+            if given[name] is None and name not in self.defaults and (self.function, name) not in _MAY_BE_NONE:
+                raise TypeError(f"{name}: got None for {self.function}, expected a value")
         return given
