@@ -103,7 +103,8 @@ class Recipe:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"config: {file} cannot be read as YAML: {error}") from None
         if not isinstance(given, dict):
-            raise ValueError(f"config: {file} holds {type(given).__name__}, expected keys and values")
+            what = "is empty" if given is None else f"holds {type(given).__name__}"
+            raise ValueError(f"config: {file} {what}, expected keys and values")
         return cls.of({str(key): value for key, value in given.items()})
 
     def table(self) -> dict[str, Any]:
