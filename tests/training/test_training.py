@@ -297,6 +297,8 @@ def test_tokens_of_a_tokenizer_file(tmp_path, data, tokenizer):
         ({"held_out": 1}, "held_out: got 1, expected a share"),
         ({"precision": "half"}, "precision: got 'half', expected one of"),
         ({"keep": 1}, "keep: got 1, expected at least 2"),
+        ({"model": {"layers": "mamba2"}}, "model.layers: got 'mamba2', expected a list of names"),
+        ({"model": {"layer_options": {"gated_delta_net": {"forget_gate": "no"}}}}, "model.forget_gate: got 'no'"),
         ({"model": {"layers": ["mamba3"]}}, "model.layers: got 'mamba3'.*did you mean 'mamba2'"),
         ({"model": {"vocab_size": 3}}, "model.vocab_size"),
         ({"model": 3}, "model: got 3"),
