@@ -1,6 +1,6 @@
 """Every layer on every task of ``parallelflow.tasks``, over seeds: trained short, tested long.
 
-    python -m benchmarks.state_tracking --seconds 220                 # on the GPU where there is one; again: goes on
+    python -m benchmarks.state_tracking --seconds 220                 # on the GPUs that there are; again: goes on
     python -m benchmarks.state_tracking --tasks parity S3 --layers "DeltaNet" --seeds 1 --steps 300
     python -m benchmarks.state_tracking --report                      # table and plot of the results that are there
 
@@ -8,12 +8,13 @@ A model is an embedding, blocks of one layer each with its MLP, a norm and a hea
 same number of parameters, of steps, and the same data. It is trained on 40 tokens, asked at every position (recall: at
 the end), and tested on positions 41 to 256 (recall: on 96).
 
-Layers train side by side, on a GPU each on a stream of its own, and every layer takes one task after another in the
-order given, all tasks of a seed before the next seed. With ``--seconds`` the steps of a training are as many as fit
-into the time, the same for all, measured at the beginning with all of them running, and the last tasks are left out
-where they would be too few; at the end of the time all ends, and what was not trained is told and counts nowhere. The
-file is written after every training; a second run takes the number of steps from it, leaves out what is there, and adds
-the rest. Where a step cannot be recorded as a CUDA graph, its layer trains eagerly after the others, and that is told.
+Layers are shared out to the GPUs that there are and train side by side, each on a stream of its own; every layer takes
+one task after another in the order given, all tasks of a seed before the next seed. With ``--seconds`` the steps of a
+training are as many as fit into the time, the same for all, measured at the beginning with all of them running, and the
+last tasks are left out where they would be too few; at the end of the time all ends, and what was not trained is told
+and counts nowhere. The file is written after every training; a second run takes the number of steps from it, leaves out
+what is there, and adds the rest. Where a step cannot be recorded as a CUDA graph, its layer trains eagerly after the
+others, and that is told.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Low-rank flow, R = 4": ("low_rank_flow", {"rank": 4, "discretization": "rk4"}),
     "Softmax attention": ("softmax_attention", {}),
 }
+STEP_COSTS = {
+    "softmax_attention": 1.0,
+    "mamba2": 2.8,
+    "delta_net": 2.9,
+    "gated_linear_attention": 3.8,
+    "gated_delta_net": 4.2,
+    "comba": 4.3,
+    "delta_product": 4.4,
+    "kimi_delta_attention": 6.4,
+    "rwkv7": 6.7,
+    "low_rank_flow": 6.9,
+}
+"""The time of a recorded step on an H200, in those of softmax attention: layers are shared out to devices by it."""
 AT_ONCE = 8
 """Steps that are enqueued for a training before the next one's."""
 Cell = tuple[str, str, int]
@@ -91,10 +105,15 @@ def affordable(seconds: float, step: float, most: int, layers: int, least: int) 
     return count, steps
 
 
-def work(cells: dict[str, list[Cell]], settings: dict[str, Any], results: Any, end: float) -> None:
-    """Trains all layers side by side, until ``end``; says what it finds to ``results``."""
+def work(
+    number: int, cells: dict[str, list[Cell]], settings: dict[str, Any], results: Any, orders: Any, end: float
+) -> None:
+    """Trains its layers side by side, until ``end``, on one device; says to ``results`` how fast it is and what it
+    finds, and hears from ``orders`` how many trainings a layer has, and of how many steps."""
     torch.set_num_threads(settings["threads"])
     sizes, recipe, device = Sizes(**settings["sizes"]), Recipe(**settings["recipe"]), settings["device"]
+    if device == "cuda":
+        torch.cuda.set_device(number)
     recorded: dict[str, Training] = {}
     eager: dict[str, Training] = {}
     for layer, waiting in cells.items():
@@ -108,19 +127,12 @@ def work(cells: dict[str, list[Cell]], settings: dict[str, Any], results: Any, e
             results.put({"message": f"{layer}: failed: {type(error).__name__}: {error}"[:400]})
     # Eager steps keep the host busy, and the others waiting.
     groups = [group for group in (recorded, eager) if group]
-    steps, count = settings["steps"], max(map(len, cells.values()))
-    if groups and end < math.inf:
-        step = pace(list(groups[0].values()), *waiting[0][1:])
-        least = settings["least_steps"] if steps is None else steps
-        count, fit = affordable(end - time.time(), step, count, len(groups[0]), least)
-        told = f"{1e3 * step:.1f} ms a step of all {len(groups[0])} layers: {count} trainings of {fit} steps fit"
-        results.put({"message": told})
-        steps = steps or min(fit, settings["most_steps"])
-    steps = steps or settings["most_steps"]
-    results.put({"message": f"{steps} steps", "steps": steps})
+    step = pace(list(groups[0].values()), *waiting[0][1:]) if groups and end < math.inf else 0.0
+    results.put({"number": number, "step": step})
+    count, steps = orders.get(timeout=None if end == math.inf else max(1.0, end - time.time()))
     for group in groups:
         race({layer: (training, cells[layer][:count]) for layer, training in group.items()}, steps, results, end)
-    results.put({"end": True})
+    results.put({"end": number})
 
 
 def race(running: dict[str, tuple[Training, list[Cell]]], steps: int, results: Any, end: float) -> None:
@@ -153,45 +165,82 @@ def race(running: dict[str, tuple[Training, list[Cell]]], steps: int, results: A
                 del running[layer]
 
 
-def run(cells: list[Cell], content: dict[str, Any], end: float, file: Path) -> None:
-    """All trainings, in a process that ends when the time does; the file is written after each."""
+def shares(cells: list[Cell], devices: int) -> list[dict[str, list[Cell]]]:
+    """The trainings of each device: whole layers, the slowest ones first to the device that has least to do."""
     of_layers: dict[str, list[Cell]] = {}
     for cell in cells:
         of_layers.setdefault(cell[0], []).append(cell)
+    costs = {layer: STEP_COSTS[LAYERS[layer][0]] * len(own) for layer, own in of_layers.items()}
+    found: list[dict[str, list[Cell]]] = [{} for _ in range(devices)]
+    for layer in sorted(of_layers, key=lambda layer: -costs[layer]):
+        least = min(found, key=lambda share: sum(costs[name] for name in share))
+        least[layer] = of_layers[layer]
+    return [share for share in found if share]
+
+
+def run(cells: list[Cell], content: dict[str, Any], end: float, file: Path) -> None:
+    """All trainings, in a process for each device that ends when the time does; the file is written after each."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # as many streams run at once; read when CUDA starts
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=work, args=(of_layers, content["settings"], results, end), daemon=True)
-    process.start()
-    while True:
+    results, settings = context.Queue(), content["settings"]
+    parts = shares(cells, torch.cuda.device_count() if settings["device"] == "cuda" else 1)
+    orders = [context.Queue() for _ in parts]
+    processes = {
+        number: context.Process(target=work, args=(number, part, settings, results, orders[number], end), daemon=True)
+        for number, part in enumerate(parts)
+    }
+    for process in processes.values():
+        process.start()
+    paces: dict[int, float] = {}
+    planned = False
+    while processes and time.time() < end + 2:
+        for number, process in list(processes.items()):
+            if process.exitcode is not None and results.empty():
+                print(f"the process of device {number} ended with exit code {process.exitcode}", flush=True)
+                del processes[number]
+        if not planned and processes and paces.keys() >= processes.keys():
+            planned = True
+            count, settings["steps"] = plan(parts, paces, settings, end)
+            for order in orders:
+                order.put((count, settings["steps"]))
         try:
-            found = results.get(timeout=min(1.0, max(0.0, end + 2 - time.time())))
+            found = results.get(timeout=0.5)
         except queue.Empty:
-            if process.exitcode is not None:
-                print(f"the trainings' process ended with exit code {process.exitcode}", flush=True)
-                break
-            if time.time() > end + 2:
-                process.kill()
-                break
             continue
         if "end" in found:
-            break
-        if "message" in found:
+            processes.pop(found["end"]).join()
+        elif "message" in found:
             print(found["message"], flush=True)
-        if "steps" in found and "layer" not in found:
-            content["settings"]["steps"] = found["steps"]
-        if "layer" in found:
+        elif "number" in found:
+            paces[found["number"]] = found["step"]
+        else:
             print(
                 "{layer}, {task}, {seed}: {trained_length:.3f}, {longer:.3f}, {seconds} s".format(**found), flush=True
             )
             content["runs"].append(found)
             save(content, file)
-    process.kill()
-    process.join()
+    for process in processes.values():
+        process.kill()
     there = {(each["layer"], each["task"], each["seed"]) for each in content["runs"]}
     missing = [cell for cell in cells if cell not in there]
     if missing:
         print(f"not trained: {len(missing)} of {len(cells)}: " + "; ".join(f"{a}, {b}, {c}" for a, b, c in missing))
+
+
+def plan(
+    parts: list[dict[str, list[Cell]]], paces: dict[int, float], settings: dict[str, Any], end: float
+) -> tuple[int, int]:
+    """How many trainings a layer has, and their steps: the same for all, as the slowest device can make them."""
+    most = max(len(own) for part in parts for own in part.values())
+    steps = settings["steps"]
+    if end == math.inf:
+        return most, steps or settings["most_steps"]
+    least, layers = steps or settings["least_steps"], max(map(len, parts))
+    count, fit = affordable(end - time.time(), max(paces.values()), most, layers, least)
+    steps = steps or min(fit, settings["most_steps"])
+    told = ", ".join(f"{1e3 * paces[number]:.1f}" for number in sorted(paces))
+    print(f"{told} ms a step of a device's layers; {count} trainings of {fit} steps fit; {steps} are made", flush=True)
+    return count, steps
 
 
 def save(content: dict[str, Any], file: Path) -> None:
@@ -218,6 +267,11 @@ def content_of(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             )
     content["settings"] = {**settings, "steps": there["steps"]}
     return content
+
+
+def machine() -> str:
+    count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
+    return name if count == 1 else f"{count} × {name}"
 
 
 def main() -> None:
@@ -249,7 +303,7 @@ def main() -> None:
             "device": given.device,
         }
         settings |= {"threads": given.threads}
-        settings |= {"machine": torch.cuda.get_device_name() if given.device == "cuda" else "CPU"}
+        settings |= {"machine": machine() if given.device == "cuda" else "CPU"}
         try:
             content = content_of(given.output, settings)
         except (ValueError, KeyError) as error:

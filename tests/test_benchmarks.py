@@ -196,6 +196,25 @@ def test_steps_that_fit_into_the_time(seconds, step, expected):
     assert steps * step * count <= seconds
 
 
+def test_layers_are_shared_out_evenly():
+    cells = [(layer, task, 0) for task in ("parity", "S3") for layer in state_tracking.LAYERS]
+    for devices in (1, 2, 4, 8, 20):
+        parts = state_tracking.shares(cells, devices)
+        assert sorted(cell for part in parts for own in part.values() for cell in own) == sorted(cells)
+        assert all([task for _, task, _ in own] == ["parity", "S3"] for part in parts for own in part.values())
+        costs = [sum(state_tracking.STEP_COSTS[state_tracking.LAYERS[name][0]] for name in part) for part in parts]
+        assert max(costs) <= max(sum(costs) / devices * 1.25, max(state_tracking.STEP_COSTS.values()))
+
+
+def test_the_plan_is_that_of_the_slowest_device():
+    parts = [{"a": [("a", "parity", 0)] * 3}, {"b": [("b", "parity", 0)] * 2}]
+    settings = {"steps": None, "least_steps": 100, "most_steps": 500}
+    assert state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings, float("inf")) == (3, 500)
+    count, steps = state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings, time.time() + 10)
+    assert count == 3 and 145 <= steps <= 150
+    assert state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings | {"steps": 200}, time.time() + 10) == (2, 200)
+
+
 def test_state_tracking_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     """As it is called: the file has what was trained, a second run adds the rest, other settings are refused."""
     file = tmp_path / "found.json"
@@ -208,6 +227,8 @@ def test_state_tracking_runs_and_goes_on(tmp_path, monkeypatch, capsys):
         state_tracking.main()
         return json.loads(file.read_text())["runs"]
 
+    one = state_tracking.shares
+    monkeypatch.setattr(state_tracking, "shares", lambda cells, _: one(cells, 2))  # as with two GPUs
     trained = call("--layers", "DeltaNet", "--tasks", "parity", "--steps", "3")
     assert [(each["layer"], each["task"], each["steps"]) for each in trained] == [("DeltaNet", "parity", 3)]
     runs = call("--layers", "Mamba-2", "DeltaNet", "--tasks", "parity", "S3", "--seconds", "150")
