@@ -2,7 +2,7 @@
 
     python -m benchmarks.state_tracking --seconds 220                 # on the GPUs that there are; again: goes on
     python -m benchmarks.state_tracking --tasks parity S3 --layers "DeltaNet" --seeds 1 --steps 300
-    python -m benchmarks.state_tracking --report                      # table and plot of the results that are there
+    python -m benchmarks.state_tracking --report                      # table, plot and page of what is there
 
 A model is an embedding, blocks of one layer each with its MLP, a norm and a head (``benchmarks.tracker``); all have the
 same number of parameters, of steps, and the same data. It is trained on 40 tokens, asked at every position (recall: at
@@ -31,12 +31,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.state_tracking_report import PUBLISHED, plot, table
+from benchmarks.state_tracking_report import PUBLISHED, plot, rendered, table
 from benchmarks.tracker import Recipe, Sizes, Tracker, Training, count_parameters
 from parallelflow.tasks import TASKS
 
 BEGUN = time.time()
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "state_tracking.json"
+PAGE = RESULTS.parents[1] / "state_tracking.md"
 NEGATIVE = {"negative_eigenvalues": True}
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeltaNet": ("delta_net", {}),
@@ -313,6 +314,8 @@ def main() -> None:
         run([cell for cell in wanted if cell not in there], content, BEGUN + given.seconds - 8, given.output)
     content = json.loads(given.output.read_text(encoding="utf-8"))
     print(table(content, list(LAYERS)))
+    if given.output == RESULTS:
+        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), content, list(LAYERS)), encoding="utf-8")
     plot(content, list(LAYERS), given.output.with_suffix(".png"))
 
 

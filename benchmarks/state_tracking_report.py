@@ -63,6 +63,28 @@ def table(content: dict[str, Any], layers: list[str]) -> str:
     return "\n".join([*lines, "| *guessing* | " + " | ".join([*chances, guessed, ""]) + " |"])
 
 
+def circumstances(content: dict[str, Any]) -> str:
+    """What the table's figures are of, in a sentence."""
+    settings, runs = content["settings"], content["runs"]
+    sizes, batch, seeds = settings["sizes"], settings["recipe"]["batch"], len({run["seed"] for run in runs})
+    parameters = round(statistics.mean(run["parameters"] for run in runs) / 1000)
+    return (
+        f"{settings['machine']}, {len(runs)} trainings of {settings['steps']:,} steps of {batch} sequences,"
+        f" {seeds} seed{'s' if seeds > 1 else ''}; {parameters:,} thousand parameters, width {sizes['width']},"
+        f" {sizes['depth']} blocks, {sizes['heads']} heads. Right answers in %, mean (and range) over seeds; *suite* is"
+        " the mean of the first four tasks, *published* that of such a model on the formal-language suite that they are"
+        " taken from."
+    )
+
+
+def rendered(page: str, content: dict[str, Any], layers: list[str]) -> str:
+    """The page with the figures between its marks."""
+    begin, end = "<!-- state tracking -->\n", "<!-- /state tracking -->"
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}{circumstances(content)}\n\n{table(content, layers)}\n{end}{after}"
+
+
 def plot(content: dict[str, Any], layers: list[str], file: Path) -> None:
     """Accuracy at the longer length: layers by tasks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

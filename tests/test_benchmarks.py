@@ -239,6 +239,14 @@ def test_state_tracking_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "steps: got 4, but" in capsys.readouterr().err
 
 
+def test_the_page_of_state_tracking_has_the_results():
+    content = json.loads(state_tracking.RESULTS.read_text())
+    page = state_tracking.PAGE.read_text()
+    rendered = state_tracking_report.rendered(page, content, list(state_tracking.LAYERS))
+    assert rendered == page, "run python -m benchmarks.state_tracking --report"
+    assert len({run["parameters"] // 1000 for run in content["runs"]}) <= 2, "not of equal sizes"
+
+
 def test_a_table_of_state_tracking():
     name, runs = "DeltaNet, negative eigenvalues", []
     for task, shares in {"parity": (0.5, 1.0), "even_pairs": (0.8,), "cycle_navigation": (0.3,)}.items():
