@@ -1,39 +1,43 @@
 """Every layer on every task of ``parallelflow.tasks``, over seeds: trained short, tested long.
 
-    python -m benchmarks.state_tracking --seconds 220                    # all, on the GPUs that there are
+    python -m benchmarks.state_tracking --seconds 220                 # on the GPUs that there are; again: goes on
     python -m benchmarks.state_tracking --tasks parity S3 --layers "DeltaNet" --seeds 1 --steps 300
-    python -m benchmarks.state_tracking --report                         # table and plot of the results that are there
+    python -m benchmarks.state_tracking --report                      # table, plot and page of what is there
 
-A model is an embedding, blocks of one layer each with its MLP, a norm and a head. Sequences begin with a token of their
-own: the state is zero before them, and what a layer multiplies must be written first. It is trained on 40 tokens,
-asked at every position (recall: on 48, at the end), and tested on positions 41 to 256 (recall: on 96). Over the first
-third of the steps the positions that count grow from 3 to all. AdamW, warm-up, cosine.
+A model is an embedding, blocks of one layer each with its MLP, a norm and a head (``benchmarks.tracker``); all have the
+same number of parameters, of steps, and the same data. It is trained on 40 tokens, asked at every position (recall: at
+the end), and tested on positions 41 to 256 (recall: on 96).
 
-On a GPU a step is one CUDA graph, and many trainings run side by side on streams of their own. With ``--seconds`` the
-trainings share that time equally, and all those that run side by side take the same number of steps.
+Layers are shared out to the GPUs that there are and train side by side, each on a stream of its own; every layer takes
+one task after another in the order given, all tasks of a seed before the next seed. With ``--seconds`` the steps of a
+training are as many as fit into the time, the same for all, measured at the beginning with all of them running, and the
+last tasks are left out where they would be too few; at the end of the time all ends, and what was not trained is told
+and counts nowhere. The file is written after every training; a second run takes the number of steps from it, leaves out
+what is there, and adds the rest. Where a step cannot be recorded as a CUDA graph, its layer trains eagerly after the
+others, and that is told.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import multiprocessing
+import os
 import queue
 import time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks.state_tracking_report import PUBLISHED, plot, table
-from parallelflow.nn import Block, layer_options, make_layer
-from parallelflow.tasks import IGNORED, TASKS, Task, make_task
+from benchmarks.state_tracking_report import PUBLISHED, plot, rendered, table
+from benchmarks.tracker import Recipe, Sizes, Tracker, Training, count_parameters
+from parallelflow.tasks import TASKS
 
+BEGUN = time.time()
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "state_tracking.json"
+PAGE = RESULTS.parents[1] / "state_tracking.md"
 NEGATIVE = {"negative_eigenvalues": True}
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeltaNet": ("delta_net", {}),
@@ -51,212 +55,224 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Low-rank flow, R = 4": ("low_rank_flow", {"rank": 4, "discretization": "rk4"}),
     "Softmax attention": ("softmax_attention", {}),
 }
-FRESH = 2**18
-"""Sequences drawn for a task and seed; a training that needs more begins again with the first."""
+STEP_COSTS = {
+    "softmax_attention": 1.0,
+    "mamba2": 2.8,
+    "delta_net": 2.9,
+    "gated_linear_attention": 3.8,
+    "gated_delta_net": 4.2,
+    "comba": 4.3,
+    "delta_product": 4.4,
+    "kimi_delta_attention": 6.4,
+    "rwkv7": 6.7,
+    "low_rank_flow": 6.9,
+}
+"""The time of a recorded step on an H200, in those of softmax attention: layers are shared out to devices by it."""
+AT_ONCE = 8
+"""Steps that are enqueued for a training before the next one's."""
+Cell = tuple[str, str, int]
+"""Layer, task, seed."""
 
 
-class Tracker(nn.Module):
-    """Tokens ``[B, T]`` to logits ``[B, T, classes]``."""
-
-    def __init__(self, layer: str, options: dict[str, Any], task: Task, width: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.begin = task.vocabulary
-        self.embedding = nn.Parameter(torch.randn(task.vocabulary + 1, width))
-        known, sizes = layer_options(layer), {"num_heads": heads}
-        if "num_heads" not in known:  # RWKV-7, and Mamba-2, whose inner width is expand · width
-            sizes = {"head_dim": width // heads * (2 if layer == "mamba2" else 1)}
-        if layer == "mamba2":
-            sizes["state_size"] = width // heads
-        if "engine" in known:  # plain tensor algebra looks at no value on the GPU, and so fits into a CUDA graph
-            options = options | {"engine": {"backend": "torch"}}
-        where = [{"layer_index": n, "num_layers": depth} if layer == "rwkv7" else {} for n in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(make_layer(layer, width, **sizes, **options, **each), intermediate_size=2 * width) for each in where
-        )
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, task.classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = F.pad(tokens, (1, 0), value=self.begin)
-        symbols = torch.arange(self.begin + 1, device=tokens.device)
-        hidden = (tokens.unsqueeze(-1) == symbols).to(self.embedding.dtype) @ self.embedding  # no sums in any order
-        shared: dict[str, Tensor] = {}
-        for block in self.blocks:
-            mixed = block(hidden, **shared)
-            hidden = mixed.output
-            if hasattr(mixed, "first_value"):  # RWKV-7's later layers mix the first one's values in
-                shared = {"first_value": mixed.first_value}
-        return self.head(self.norm(hidden[:, 1:]))
+def equal_parameters(sizes: Sizes) -> int:
+    """The parameters of the largest layer's model with MLPs of twice the width."""
+    with torch.device("meta"):
+        return max(count_parameters(Tracker(*kind, sizes, 2 * sizes.width)) for kind in LAYERS.values())
 
 
-def lengths(task: str) -> tuple[int, int]:
-    """The length that is trained, and the one that is tested."""
-    return (48, 96) if task == "associative_recall" else (40, 256)
-
-
-@lru_cache(maxsize=16)
-def sequences(task: str, seed: int, count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Tokens and labels ``[count, trained length]`` in 8 bits, the same for every layer."""
-    drawn = make_task(task).draw(count, lengths(task)[0], torch.Generator().manual_seed(seed))
-    return drawn.tokens.to(torch.int8).to(device), drawn.labels.to(torch.int8).to(device)
-
-
-class Training:
-    """One model and its training, a step at a time; all that changes from step to step is on the device."""
-
-    def __init__(self, job: tuple[str, str, int], settings: dict[str, Any]) -> None:
-        self.layer, self.task, self.seed = job
-        self.settings, self.device = settings, settings["device"]
-        torch.manual_seed(self.seed)
-        layer, options = LAYERS[self.layer]
-        sizes = (settings["width"], settings["depth"], settings["heads"])
-        self.model = Tracker(layer, options, make_task(self.task), *sizes).to(self.device)
-        self.tokens, self.labels = sequences(self.task, self.seed, FRESH, self.device)
-        self.step, self.steps, self.rate, self.loss = (torch.zeros((), device=self.device) for _ in range(4))
-        self.steps.fill_(settings["steps"])
-        matrices = [x for x in self.model.parameters() if x.ndim > 1]
-        others = [x for x in self.model.parameters() if x.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        captured = self.device != "cpu"
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=True, capturable=captured)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if captured:
-            self.stream = torch.cuda.Stream(self.device)
-
-    def advance(self) -> None:
-        """One step; nothing in it waits for the device."""
-        batch, done = self.settings["batch"], self.step / self.steps
-        warm = ((self.step + 1) / self.settings["warm_up"]).clamp(max=1)
-        self.rate.copy_(self.settings["learning_rate"] * warm * (0.01 + 0.99 * (1 + (torch.pi * done).cos()) / 2))
-        rows = (self.step.long() * batch + torch.arange(batch, device=self.device)) % len(self.tokens)
-        tokens, labels = self.tokens[rows].long(), self.labels[rows].long()
-        if self.task != "associative_recall":
-            counted = (tokens.shape[1] * done / self.settings["growing"]).clamp(min=3)
-            labels = labels.masked_fill(torch.arange(tokens.shape[1], device=self.device) >= counted, IGNORED)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.loss.copy_(loss.detach())
-        self.step += 1
-
-    def capture(self) -> None:
-        """Makes a CUDA graph of a step, after some that are taken as they are."""
-        with torch.cuda.stream(self.stream):
-            for _ in range(3):
-                self.advance()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.advance()
-
-    def replay(self) -> None:
-        if self.graph is None:
-            self.advance()
-        else:
-            with torch.cuda.stream(self.stream):
-                self.graph.replay()
-
-    def found(self, seconds: float) -> dict[str, Any]:
-        """What came out."""
-        self.graph = None
-        found = {"layer": self.layer, "task": self.task, "seed": self.seed, "steps": int(self.step)}
-        found |= {"seconds": round(seconds, 1), "loss": float(self.loss)}
-        found |= {"parameters": sum(x.numel() for x in self.model.parameters())}
-        trained, tested = lengths(self.task)
-        found["trained_length"] = accuracy(self.model, self.task, trained)
-        found["longer"] = accuracy(self.model, self.task, tested, trained if tested == 256 else 0)
-        return found
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, task: str, length: int, after: int = 0, count: int = 256) -> float:
-    """The share of right answers after the first ``after`` tokens, on sequences that no training sees."""
-    device = next(model.parameters()).device
-    drawn = make_task(task).draw(count, length, torch.Generator().manual_seed(2**40))
-    tokens, labels = drawn.tokens.to(device), drawn.labels[:, after:].to(device)
-    asked = labels != IGNORED
-    answers = torch.cat([model(part).argmax(-1) for part in tokens.split(64)])[:, after:]
-    return (answers == labels)[asked].float().mean().item()
-
-
-def train(jobs: list[tuple[str, str, int]], settings: dict[str, Any], until: float) -> list[dict[str, Any]]:
-    """Trainings side by side, step after step of each; they end at the time ``until`` or before."""
-    start = time.perf_counter()
-    trainings, found = [], []
-    for job in jobs:
-        try:
-            training = Training(job, settings)
-            if settings["device"] != "cpu":
-                training.capture()
-            trainings.append(training)
-        except Exception as error:  # one that fails leaves the others running, and is in the results
-            found.append(dict(zip(("layer", "task", "seed"), job, strict=True)))
-            found[-1]["error"] = f"{type(error).__name__}: {error}"
-
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
-            for training in trainings:
-                training.replay()
-        if settings["device"] != "cpu":
-            torch.cuda.synchronize(settings["device"])
-
-    steps, tried = settings["steps"], 10
-    if trainings and until < float("inf"):
-        begun = time.perf_counter()
-        run(tried)
-        rate = tried / (time.perf_counter() - begun)
-        steps = max(1, min(steps, int(trainings[0].step) + int(rate * max(0.0, 0.95 * (until - time.perf_counter())))))
+def pace(trainings: list[Training], task: str, seed: int) -> float:
+    """The seconds of a step of all trainings, side by side."""
+    rounds, start = -1, 0.0
+    for training in trainings:
+        training.begin(task, seed, 2**20)
+    while rounds < AT_ONCE or (time.time() - start < 2 and rounds < 10 * AT_ONCE):
         for training in trainings:
-            training.steps.fill_(steps)
-    if trainings:
-        run(max(0, steps - int(trainings[0].step)))
-    seconds = time.perf_counter() - start
-    return found + [training.found(seconds) for training in trainings]
+            training.advance(1 if rounds < 0 else AT_ONCE)
+        for training in trainings:
+            training.wait()
+        rounds, start = (0, time.time()) if rounds < 0 else (rounds + AT_ONCE, start)
+    return (time.time() - start) / rounds
 
 
-def work(jobs: list[tuple[str, str, int]], results: Any, settings: dict[str, Any]) -> None:
-    """A process that makes its share of the trainings, so many at a time, in equal shares of the time."""
-    torch.set_num_threads(1)
-    if settings["device"] != "cpu":
-        torch.cuda.set_device(settings["device"])
-    end = time.perf_counter() + settings["seconds"]
-    waves = [jobs[first : first + settings["together"]] for first in range(0, len(jobs), settings["together"])]
-    for number, wave in enumerate(waves):
-        now = time.perf_counter()
-        for found in train(wave, settings, now + (end - now) / (len(waves) - number)):
-            results.put(found)
+def affordable(seconds: float, step: float, most: int, layers: int, least: int) -> tuple[int, int]:
+    """How many trainings a layer can have one after another, and the steps of each.
+
+    These are ``least`` at least, unless it is one training; a test and a beginning are taken to need 0.1 s.
+    """
+    for count in range(most, 0, -1):
+        steps = int(0.9 * max(0.0, seconds - 0.1 * layers * count) / (count * step))
+        if steps >= least:
+            break
+    return count, steps
 
 
-def run(jobs: list[tuple[str, str, int]], settings: dict[str, Any], devices: list[str], file: Path) -> None:
-    """All trainings; the file is written after each, so that an end before the end loses nothing."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(
-            target=work, args=(jobs[n :: len(devices)], results, settings | {"device": device}), daemon=True
-        )
-        for n, device in enumerate(devices)
-    ]
-    for process in processes:
-        process.start()
-    runs: list[dict[str, Any]] = []
-    for _ in jobs:
-        while True:
+def work(
+    number: int, cells: dict[str, list[Cell]], settings: dict[str, Any], results: Any, orders: Any, end: float
+) -> None:
+    """Trains its layers side by side, until ``end``, on one device; says to ``results`` how fast it is and what it
+    finds, and hears from ``orders`` how many trainings a layer has, and of how many steps."""
+    torch.set_num_threads(settings["threads"])
+    sizes, recipe, device = Sizes(**settings["sizes"]), Recipe(**settings["recipe"]), settings["device"]
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    recorded: dict[str, Training] = {}
+    eager: dict[str, Training] = {}
+    for layer, waiting in cells.items():
+        try:
+            training = Training(*LAYERS[layer], sizes, recipe, settings["parameters"], device)
+            if device == "cuda" and (message := training.record(waiting[0][1])):
+                kind = "recorded" if training.graph else "eager steps after the recorded ones of others"
+                results.put({"message": f"{layer}: {kind}: {message}"})
+            (recorded if training.graph else eager)[layer] = training
+        except Exception as error:  # one that fails leaves the others running, and is told
+            results.put({"message": f"{layer}: failed: {type(error).__name__}: {error}"[:400]})
+    # Eager steps keep the host busy, and the others waiting.
+    groups = [group for group in (recorded, eager) if group]
+    step = pace(list(groups[0].values()), *waiting[0][1:]) if groups and end < math.inf else 0.0
+    results.put({"number": number, "step": step})
+    count, steps = orders.get(timeout=None if end == math.inf else max(1.0, end - time.time()))
+    for group in groups:
+        race({layer: (training, cells[layer][:count]) for layer, training in group.items()}, steps, results, end)
+    results.put({"end": number})
+
+
+def race(running: dict[str, tuple[Training, list[Cell]]], steps: int, results: Any, end: float) -> None:
+    """Every layer goes through its trainings, at the pace that the device gives it."""
+    begun: dict[str, float] = {}
+    taken: dict[str, float] = {}  # the seconds of the layer's last training
+    for training, _ in running.values():
+        training.steps = training.done = 0
+    while running and time.time() < end:
+        ready = [layer for layer, (training, _) in running.items() if training.ready()]
+        if not ready:
+            time.sleep(2e-4)
+        for layer in ready:
+            training, waiting = running[layer]
             try:
-                runs.append(results.get(timeout=5))
-                break
-            except queue.Empty:
-                if any(process.exitcode for process in processes) and results.empty():
-                    raise RuntimeError(f"a training ended its process; what was found so far is in {file}") from None
-        print(json.dumps(runs[-1]), flush=True)
-        content = {"machine": machine(devices), "settings": settings, "published": PUBLISHED, "runs": runs}
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for process in processes:
-        process.join()
+                if not training.finished:
+                    training.advance(AT_ONCE)
+                    continue
+                if layer in begun:
+                    taken[layer] = time.time() - begun.pop(layer)
+                    results.put({"layer": layer, **training.result(), "seconds": round(taken[layer], 1)})
+                if not waiting or time.time() + 0.8 * taken.get(layer, 0.0) > end:
+                    del running[layer]
+                    continue
+                _, task, seed = waiting.pop(0)
+                training.begin(task, seed, steps)
+                begun[layer] = time.time()
+            except Exception as error:
+                results.put({"message": f"{layer}: failed: {type(error).__name__}: {error}"[:400]})
+                del running[layer]
 
 
-def machine(devices: list[str]) -> str:
-    return f"{len(devices)} × {torch.cuda.get_device_name()}" if devices[0] != "cpu" else f"CPU, {len(devices)} threads"
+def shares(cells: list[Cell], devices: int) -> list[dict[str, list[Cell]]]:
+    """The trainings of each device: whole layers, the slowest ones first to the device that has least to do."""
+    of_layers: dict[str, list[Cell]] = {}
+    for cell in cells:
+        of_layers.setdefault(cell[0], []).append(cell)
+    costs = {layer: STEP_COSTS[LAYERS[layer][0]] * len(own) for layer, own in of_layers.items()}
+    found: list[dict[str, list[Cell]]] = [{} for _ in range(devices)]
+    for layer in sorted(of_layers, key=lambda layer: -costs[layer]):
+        least = min(found, key=lambda share: sum(costs[name] for name in share))
+        least[layer] = of_layers[layer]
+    return [share for share in found if share]
+
+
+def run(cells: list[Cell], content: dict[str, Any], end: float, file: Path) -> None:
+    """All trainings, in a process for each device that ends when the time does; the file is written after each."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # as many streams run at once; read when CUDA starts
+    context = multiprocessing.get_context("spawn")
+    results, settings = context.Queue(), content["settings"]
+    parts = shares(cells, torch.cuda.device_count() if settings["device"] == "cuda" else 1)
+    orders = [context.Queue() for _ in parts]
+    processes = {
+        number: context.Process(target=work, args=(number, part, settings, results, orders[number], end), daemon=True)
+        for number, part in enumerate(parts)
+    }
+    for process in processes.values():
+        process.start()
+    paces: dict[int, float] = {}
+    planned = False
+    while processes and time.time() < end + 2:
+        for number, process in list(processes.items()):
+            if process.exitcode is not None and results.empty():
+                print(f"the process of device {number} ended with exit code {process.exitcode}", flush=True)
+                del processes[number]
+        if not planned and processes and paces.keys() >= processes.keys():
+            planned = True
+            count, settings["steps"] = plan(parts, paces, settings, end)
+            for order in orders:
+                order.put((count, settings["steps"]))
+        try:
+            found = results.get(timeout=0.5)
+        except queue.Empty:
+            continue
+        if "end" in found:
+            processes.pop(found["end"]).join()
+        elif "message" in found:
+            print(found["message"], flush=True)
+        elif "number" in found:
+            paces[found["number"]] = found["step"]
+        else:
+            print(
+                "{layer}, {task}, {seed}: {trained_length:.3f}, {longer:.3f}, {seconds} s".format(**found), flush=True
+            )
+            content["runs"].append(found)
+            save(content, file)
+    for process in processes.values():
+        process.kill()
+    there = {(each["layer"], each["task"], each["seed"]) for each in content["runs"]}
+    missing = [cell for cell in cells if cell not in there]
+    if missing:
+        print(f"not trained: {len(missing)} of {len(cells)}: " + "; ".join(f"{a}, {b}, {c}" for a, b, c in missing))
+
+
+def plan(
+    parts: list[dict[str, list[Cell]]], paces: dict[int, float], settings: dict[str, Any], end: float
+) -> tuple[int, int]:
+    """How many trainings a layer has, and their steps: the same for all, as the slowest device can make them."""
+    most = max(len(own) for part in parts for own in part.values())
+    steps = settings["steps"]
+    if end == math.inf:
+        return most, steps or settings["most_steps"]
+    least, layers = steps or settings["least_steps"], max(map(len, parts))
+    count, fit = affordable(end - time.time(), max(paces.values()), most, layers, least)
+    steps = steps or min(fit, settings["most_steps"])
+    told = ", ".join(f"{1e3 * paces[number]:.1f}" for number in sorted(paces))
+    print(f"{told} ms a step of a device's layers; {count} trainings of {fit} steps fit; {steps} are made", flush=True)
+    return count, steps
+
+
+def save(content: dict[str, Any], file: Path) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def content_of(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file, if it was trained with the same settings; a beginning, if it is not there.
+
+    Raises:
+        ValueError: for a file of other settings.
+    """
+    if not file.exists():
+        return {"settings": settings, "published": PUBLISHED, "runs": []}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    there = content["settings"]
+    for name in ("sizes", "recipe", "parameters", "steps"):
+        if settings[name] is not None and there.get(name) != settings[name]:
+            raise ValueError(
+                f"{name}: got {settings[name]}, but {file} has results of {there.get(name)}; give another --output"
+            )
+    content["settings"] = {**settings, "steps": there["steps"]}
+    return content
+
+
+def machine() -> str:
+    count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
+    return name if count == 1 else f"{count} × {name}"
 
 
 def main() -> None:
@@ -264,33 +280,43 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     arguments.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     arguments.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    arguments.add_argument("--seeds", type=int, default=2)
-    arguments.add_argument("--steps", type=int, default=10000, help="of one training at most")
-    arguments.add_argument("--seconds", type=float, default=float("inf"), help="of all trainings at most")
-    arguments.add_argument("--batch", type=int, default=128)
-    arguments.add_argument("--width", type=int, default=128)
-    arguments.add_argument("--depth", type=int, default=2)
-    arguments.add_argument("--heads", type=int, default=4)
-    arguments.add_argument("--learning-rate", type=float, default=2e-3)
-    arguments.add_argument("--warm-up", type=int, default=100, help="steps")
-    arguments.add_argument("--growing", type=float, default=0.33, help="share of the steps in which lengths grow")
-    arguments.add_argument("--together", type=int, default=28 if cuda else 1, help="trainings side by side on a device")
-    arguments.add_argument("--workers", type=int, default=1, help="processes, without a GPU")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, help="of a training; without, as many as fit into the time")
+    arguments.add_argument("--most-steps", type=int, default=3000, help="where more would fit")
+    arguments.add_argument("--least-steps", type=int, default=1000, help="where fewer would, the last tasks wait")
+    arguments.add_argument("--seconds", type=float, default=math.inf, help="of the whole run")
+    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    arguments.add_argument("--threads", type=int, default=1 if cuda else torch.get_num_threads())
     arguments.add_argument("--output", type=Path, default=RESULTS)
     arguments.add_argument("--report", action="store_true", help="table and plot of the results that are there")
-    given = vars(arguments.parse_args())
-    file, workers = given.pop("output"), given.pop("workers")
-    if not given.pop("report"):
-        # Layer by layer of one task and seed, so that trainings side by side share their sequences.
-        jobs = [
-            (layer, task, seed)
-            for seed, task, layer in itertools.product(range(given.pop("seeds")), given["tasks"], given["layers"])
-        ]
-        devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if cuda else ["cpu"] * workers
-        run(jobs, {key: value for key, value in given.items() if key not in ("layers", "tasks")}, devices, file)
-    content = json.loads(file.read_text(encoding="utf-8"))
+    for each in (Sizes(), Recipe()):
+        for name, value in each._asdict().items():
+            arguments.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    given = arguments.parse_args()
+    if not given.report:
+        sizes = Sizes(*(getattr(given, name) for name in Sizes._fields))
+        recipe = Recipe(*(getattr(given, name) for name in Recipe._fields))
+        settings = {"sizes": sizes._asdict(), "recipe": recipe._asdict(), "parameters": equal_parameters(sizes)}
+        settings |= {
+            "steps": given.steps,
+            "most_steps": given.most_steps,
+            "least_steps": given.least_steps,
+            "device": given.device,
+        }
+        settings |= {"threads": given.threads}
+        settings |= {"machine": machine() if given.device == "cuda" else "CPU"}
+        try:
+            content = content_of(given.output, settings)
+        except (ValueError, KeyError) as error:
+            arguments.error(str(error))
+        there = {(each["layer"], each["task"], each["seed"]) for each in content["runs"]}
+        wanted = [(a, b, c) for c in range(given.seeds) for b in given.tasks for a in given.layers]
+        run([cell for cell in wanted if cell not in there], content, BEGUN + given.seconds - 8, given.output)
+    content = json.loads(given.output.read_text(encoding="utf-8"))
     print(table(content, list(LAYERS)))
-    plot(content, list(LAYERS), file.with_suffix(".png"))
+    if given.output == RESULTS:
+        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), content, list(LAYERS)), encoding="utf-8")
+    plot(content, list(LAYERS), given.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 
 from parallelflow.tasks import TASKS, make_task
 
+SUITE = ("parity", "even_pairs", "cycle_navigation", "modular_arithmetic")
+"""The tasks of the formal-language suite that is published for some of the layers."""
 PUBLISHED = {
     "what": "formal-language suite, trained to length 40 and tested to 256, average accuracy in %",
     "DeltaNet": 62.5,
@@ -16,16 +18,19 @@ PUBLISHED = {
     "Gated DeltaProduct, negative eigenvalues": 80.7,
     "DPLR-SLiCE, r = 4": 85.1,
 }
-"""As published, on other tasks than these: beside the table, not in it."""
+"""As published, at other sizes and after longer training: beside the averages, not among them."""
+BESIDE = {
+    "DeltaNet": "DeltaNet",
+    "DeltaNet, negative eigenvalues": "DeltaNet, negative eigenvalues",
+    "Gated DeltaProduct, 2 factors, negative eigenvalues": "Gated DeltaProduct, negative eigenvalues",
+    "Low-rank flow, R = 4": "DPLR-SLiCE, r = 4",
+}
+"""The published model that stands beside a layer; the last is one of the same rank, not the same."""
 
-LEAST_STEPS = 300
-"""Fewer are no training: they are in the results, and blank in table and plot."""
 
-
-def counted(content: dict[str, Any], layer: str, task: str, key: str) -> list[float]:
-    """The accuracies in % over seeds of what was trained at all."""
-    own = (run for run in content["runs"] if (run["layer"], run["task"]) == (layer, task))
-    return [100 * run[key] for run in own if run.get("steps", 0) >= LEAST_STEPS and key in run]
+def accuracies(content: dict[str, Any], layer: str, task: str, key: str = "longer") -> list[float]:
+    """In %, one a seed."""
+    return [100 * run[key] for run in content["runs"] if (run["layer"], run["task"]) == (layer, task)]
 
 
 def present(content: dict[str, Any], layers: list[str]) -> tuple[list[str], list[str]]:
@@ -34,23 +39,50 @@ def present(content: dict[str, Any], layers: list[str]) -> tuple[list[str], list
     return [name for name in layers if name in ran[0]], [name for name in TASKS if name in ran[1]]
 
 
+def suite(content: dict[str, Any], layer: str) -> float | None:
+    """The average over the suite's tasks; None where one is missing."""
+    means = [statistics.mean(found) for task in SUITE if (found := accuracies(content, layer, task))]
+    return statistics.mean(means) if len(means) == len(SUITE) else None
+
+
 def table(content: dict[str, Any], layers: list[str]) -> str:
-    """Accuracy in % at the longer length in Markdown: mean over seeds, and the best seed where it differs."""
+    """Accuracy in % at the longer length in Markdown, mean and range over seeds; the suite's average, and published."""
     layers, tasks = present(content, layers)
-    lines = ["| layer | " + " | ".join([*tasks, "mean"]) + " |", "|---|" + "---:|" * (len(tasks) + 1)]
+    lines = ["| layer | " + " | ".join([*tasks, "suite", "published"]) + " |", "|---|" + "---:|" * (len(tasks) + 2)]
     for layer in layers:
-        cells, means = [], []
+        cells = []
         for task in tasks:
-            own = counted(content, layer, task, "longer")
-            means.append(statistics.mean(own) if own else None)
-            spread = f" ({max(own):.0f})" if own and f"{max(own):.0f}" != f"{means[-1]:.0f}" else ""
-            cells.append(f"{means[-1]:.0f}{spread}" if own else "–")
-        known = [mean for mean in means if mean is not None]
-        cells.append(f"{statistics.mean(known):.0f}" if len(known) == len(tasks) else "–")
+            own = accuracies(content, layer, task)
+            spread = f" ({min(own):.0f}–{max(own):.0f})" if own and max(own) - min(own) >= 1 else ""
+            cells.append(f"{statistics.mean(own):.0f}{spread}" if own else "–")
+        average = suite(content, layer)
+        cells += ["–" if average is None else f"{average:.1f}", str(content["published"].get(BESIDE.get(layer), ""))]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    chances = [100 * make_task(task).chance for task in tasks]
-    guessed = [f"{chance:.0f}" for chance in [*chances, statistics.mean(chances)]]
-    return "\n".join([*lines, "| *guessing* | " + " | ".join(guessed) + " |"])
+    chances = [f"{100 * make_task(task).chance:.0f}" for task in tasks]
+    guessed = f"{statistics.mean(100 * make_task(task).chance for task in SUITE):.1f}"
+    return "\n".join([*lines, "| *guessing* | " + " | ".join([*chances, guessed, ""]) + " |"])
+
+
+def circumstances(content: dict[str, Any]) -> str:
+    """What the table's figures are of, in a sentence."""
+    settings, runs = content["settings"], content["runs"]
+    sizes, batch, seeds = settings["sizes"], settings["recipe"]["batch"], len({run["seed"] for run in runs})
+    parameters = round(statistics.mean(run["parameters"] for run in runs) / 1000)
+    return (
+        f"{settings['machine']}, {len(runs)} trainings of {settings['steps']:,} steps of {batch} sequences,"
+        f" {seeds} seed{'s' if seeds > 1 else ''}; {parameters:,} thousand parameters, width {sizes['width']},"
+        f" {sizes['depth']} blocks, {sizes['heads']} heads. Right answers in %, mean (and range) over seeds; *suite* is"
+        " the mean of the first four tasks, *published* that of such a model on the formal-language suite that they are"
+        " taken from."
+    )
+
+
+def rendered(page: str, content: dict[str, Any], layers: list[str]) -> str:
+    """The page with the figures between its marks."""
+    begin, end = "<!-- state tracking -->\n", "<!-- /state tracking -->"
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}{circumstances(content)}\n\n{table(content, layers)}\n{end}{after}"
 
 
 def plot(content: dict[str, Any], layers: list[str], file: Path) -> None:
@@ -59,19 +91,19 @@ def plot(content: dict[str, Any], layers: list[str], file: Path) -> None:
     from matplotlib.figure import Figure
 
     layers, tasks = present(content, layers)
-    figure = Figure(figsize=(9, 0.4 * len(layers) + 1.2), layout="constrained")
+    if not layers:
+        return
+    figure = Figure(figsize=(4.6 + 0.8 * len(tasks), 0.36 * len(layers) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    means = [
-        [statistics.mean(counted(content, layer, task, "longer") or [float("nan")]) for task in tasks]
-        for layer in layers
-    ]
+    none = [float("nan")]
+    means = [[statistics.mean(accuracies(content, layer, task) or none) for task in tasks] for layer in layers]
     axes.imshow(means, vmin=0, vmax=100, aspect="auto", cmap="viridis")
     for row, column in itertools.product(range(len(layers)), range(len(tasks))):
         mean = means[row][column]
         shade = "black" if mean > 60 else "white"
         axes.text(column, row, f"{mean:.0f}" if mean == mean else "", ha="center", va="center", color=shade)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), layers)
-    axes.set_title("right answers in %, on sequences longer than any that was trained: mean over seeds", fontsize=10)
+    figure.suptitle("right answers in %, on sequences longer than any that was trained: mean over seeds", fontsize=10)
     figure.savefig(file, dpi=150)

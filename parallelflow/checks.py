@@ -97,6 +97,13 @@ def expect_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected a number")
 
 
+def expect_positive_number(name: str, value: object) -> None:
+    """TypeError or ValueError unless ``value`` is a finite real number > 0."""
+    expect_number(name, value)
+    if not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
 def expect_positive_integer(name: str, value: object) -> None:
     """TypeError or ValueError unless ``value`` is an int ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):

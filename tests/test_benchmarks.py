@@ -1,8 +1,17 @@
 """What is told of benchmarks is what their results say."""
 
-import pytest
+import json
+import sys
+import time
+from itertools import pairwise
 
-from benchmarks import report
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import report, state_tracking, state_tracking_report, tracker
+from parallelflow.tasks import IGNORED
 
 SHAPE = {"op": "delta_rule", "batch": 4, "time": 4096, "key_heads": 16, "value_heads": 16, "key_dim": 128,
          "value_dim": 128, "rank": 1}  # fmt: skip
@@ -140,3 +149,141 @@ def test_a_table_of_accelerated_models(tmp_path, monkeypatch):
 )
 def test_numbers_have_three_digits(value, shown):
     assert report.number(value) == shown
+
+
+class HostTensors(TorchDispatchMode):
+    """Keeps the operations that touch a tensor on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.found += [str(function) for x in tensors if x.device.type == "cpu"]
+        return result
+
+
+@pytest.mark.parametrize("name", state_tracking.LAYERS)
+def test_a_training_step_needs_nothing_of_the_host(name):
+    """As a recorded step must not: here on the meta device, where looking at a value is an error."""
+    sizes, recipe = tracker.Sizes(width=32, heads=2), tracker.Recipe(batch=2)
+    with torch.device("meta"):
+        training = tracker.Training(*state_tracking.LAYERS[name], sizes, recipe, 90_000, "meta")
+    training.optimizer.step = lambda: None  # fused on a GPU; not here
+    with HostTensors() as host:
+        training._step()
+    assert host.found == []
+    assert all(parameter.grad is not None for parameter in training.model.parameters())
+    assert abs(tracker.count_parameters(training.model) - 90_000) <= 3 * 32
+
+
+def test_a_training_depends_on_its_task_and_seed_alone():
+    """Whatever was trained before; the labels that count grow to all of them, and the rate falls."""
+    sizes, recipe = tracker.Sizes(16, depth=1, heads=1), tracker.Recipe(batch=4, tested=50, drawn=16, warm_up=2)
+    training = tracker.Training(*state_tracking.LAYERS["Gated DeltaNet"], sizes, recipe, 12_000, "cpu")
+    found, rates, counted = [], [], []
+    forward = tracker.F.cross_entropy
+
+    def counting(logits, labels, **options):
+        counted.append(int((labels != IGNORED).sum()) / recipe.batch)
+        return forward(logits, labels, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker.F, "cross_entropy", counting)
+        for task, seed in (("parity", 1), ("S3", 1), ("parity", 1), ("parity", 2), ("associative_recall", 1)):
+            training.begin(task, seed, 6)
+            while not training.finished:
+                training.advance(1)
+                rates.append(training.optimizer.param_groups[1]["lr"].item())
+            found.append(training.result())
+    assert found[0] == found[2] != found[3]
+    assert found[0]["steps"] == 6 and found[1]["task"] == "S3"
+    assert counted[:6] == counted[6:12] == [3, 22, 40, 40, 40, 40]
+    assert counted[-6:] == [13] * 6
+    assert rates[:6] == rates[-6:] and rates[0] == pytest.approx(recipe.learning_rate / 2)
+    assert all(later < earlier for earlier, later in pairwise(rates[1:6]))
+
+
+def test_trackers_answer_with_classes_of_the_task():
+    sizes, recipe = tracker.Sizes(16, depth=1, heads=1), tracker.Recipe(batch=4, drawn=8)
+    training = tracker.Training(*state_tracking.LAYERS["RWKV-7"], sizes, recipe, 12_000, "cpu")
+    training.begin("S3", 0, 1)
+    assert training.model(training.tokens.long()).argmax(-1).unique().numel() <= 6
+    assert not training.model(training.tokens.long())[..., 6:].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step", "expected"),
+    [(210, 0.02, (7, 1287)), (100, 0.02, (4, 1062)), (10, 0.02, (1, 387)), (1, 0.02, (1, 0))],
+)
+def test_steps_that_fit_into_the_time(seconds, step, expected):
+    """The last tasks are left out where steps would be fewer than a thousand; the first one never is."""
+    count, steps = state_tracking.affordable(seconds, step, 7, 14, 1000)
+    assert (count, steps) == expected
+    assert steps * step * count <= seconds
+
+
+def test_layers_are_shared_out_evenly():
+    cells = [(layer, task, 0) for task in ("parity", "S3") for layer in state_tracking.LAYERS]
+    for devices in (1, 2, 4, 8, 20):
+        parts = state_tracking.shares(cells, devices)
+        assert sorted(cell for part in parts for own in part.values() for cell in own) == sorted(cells)
+        assert all([task for _, task, _ in own] == ["parity", "S3"] for part in parts for own in part.values())
+        costs = [sum(state_tracking.STEP_COSTS[state_tracking.LAYERS[name][0]] for name in part) for part in parts]
+        assert max(costs) <= max(sum(costs) / devices * 1.25, max(state_tracking.STEP_COSTS.values()))
+
+
+def test_the_plan_is_that_of_the_slowest_device():
+    parts = [{"a": [("a", "parity", 0)] * 3}, {"b": [("b", "parity", 0)] * 2}]
+    settings = {"steps": None, "least_steps": 100, "most_steps": 500}
+    assert state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings, float("inf")) == (3, 500)
+    count, steps = state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings, time.time() + 10)
+    assert count == 3 and 145 <= steps <= 150
+    assert state_tracking.plan(parts, {0: 0.01, 1: 0.02}, settings | {"steps": 200}, time.time() + 10) == (2, 200)
+
+
+def test_state_tracking_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    """As it is called: the file has what was trained, a second run adds the rest, other settings are refused."""
+    file = tmp_path / "found.json"
+    small = {"width": 16, "depth": 1, "heads": 1, "batch": 2, "drawn": 64, "tested": 60, "seeds": 1, "threads": 1}
+    common = ["state_tracking", "--device=cpu", *(f"--{name}={value}" for name, value in small.items())]
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [*common, *arguments, f"--output={file}"])
+        monkeypatch.setattr(state_tracking, "BEGUN", time.time())
+        state_tracking.main()
+        return json.loads(file.read_text())["runs"]
+
+    one = state_tracking.shares
+    monkeypatch.setattr(state_tracking, "shares", lambda cells, _: one(cells, 2))  # as with two GPUs
+    trained = call("--layers", "DeltaNet", "--tasks", "parity", "--steps", "3")
+    assert [(each["layer"], each["task"], each["steps"]) for each in trained] == [("DeltaNet", "parity", 3)]
+    runs = call("--layers", "Mamba-2", "DeltaNet", "--tasks", "parity", "S3", "--seconds", "150")
+    assert runs[0] == trained[0] and len(runs) == 4 and {each["steps"] for each in runs} == {3}
+    assert "| Mamba-2 |" in capsys.readouterr().out and file.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        call("--steps", "4")
+    assert "steps: got 4, but" in capsys.readouterr().err
+
+
+def test_the_page_of_state_tracking_has_the_results():
+    content = json.loads(state_tracking.RESULTS.read_text())
+    page = state_tracking.PAGE.read_text()
+    rendered = state_tracking_report.rendered(page, content, list(state_tracking.LAYERS))
+    assert rendered == page, "run python -m benchmarks.state_tracking --report"
+    assert len({run["parameters"] // 1000 for run in content["runs"]}) <= 2, "not of equal sizes"
+
+
+def test_a_table_of_state_tracking():
+    name, runs = "DeltaNet, negative eigenvalues", []
+    for task, shares in {"parity": (0.5, 1.0), "even_pairs": (0.8,), "cycle_navigation": (0.3,)}.items():
+        runs += [{"layer": name, "task": task, "seed": n, "longer": share} for n, share in enumerate(shares)]
+    content = {"published": state_tracking_report.PUBLISHED, "runs": runs}
+    lines = state_tracking_report.table(content, list(state_tracking.LAYERS)).splitlines()
+    assert f"| {name} | 75 (50–100) | 80 | 30 | – | 77.7 |" in lines
+    runs.append({"layer": name, "task": "modular_arithmetic", "seed": 0, "longer": 0.2})
+    lines = state_tracking_report.table(content, list(state_tracking.LAYERS)).splitlines()
+    assert f"| {name} | 75 (50–100) | 80 | 30 | 20 | 51.2 | 77.7 |" in lines
+    assert "| *guessing* | 50 | 50 | 20 | 20 | 35.0 |  |" in lines

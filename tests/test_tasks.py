@@ -34,6 +34,24 @@ def test_parity_counts_ones():
         assert answers == [sum(row[: t + 1]) % 2 for t in range(len(row))]
 
 
+def test_even_pairs_counts_changes():
+    tokens, labels = draw("even_pairs")
+    for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
+        changes = 0
+        for position, answer in enumerate(answers):
+            changes += position > 0 and row[position] != row[position - 1]
+            assert answer == changes % 2
+
+
+def test_cycle_navigation_walks():
+    tokens, labels = draw("cycle_navigation")
+    for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
+        place = 0
+        for token, answer in zip(row, answers, strict=True):
+            place = {0: place, 1: (place + 1) % 5, 2: (place + 4) % 5}[token]
+            assert answer == place
+
+
 @pytest.mark.parametrize("name", ["S3", "S4", "A5", "S5"])
 def test_words_move_things_about(name):
     """The permutations are applied, one after another, to things in a row."""

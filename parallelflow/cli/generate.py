@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "\n",
     tokens: Annotated[int, typer.Option(min=1, help="How many to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the tokens that are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU where there is one.")] = "auto",
 ) -> None:
     """Continue a prompt with a trained model, token by token, at a constant cost for each."""
@@ -29,6 +30,8 @@ def generate(
     from parallelflow.training import CheckpointError, latest, open_tokens
 
     try:
+        if not math.isfinite(temperature):
+            raise ValueError(f"temperature: got {temperature}, expected a finite number")
         place = chosen_device(device)
         found = latest(run / "checkpoints", lambda why: typer.echo(f"not used: {why}", err=True))
         file = run / "tokenizer.json"
@@ -62,7 +65,7 @@ def continued(model: Any, prompt: Tensor, count: int, temperature: float, seed: 
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            token = int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator))
         yield token
         seen = torch.tensor([[token]], device=prompt.device)
 

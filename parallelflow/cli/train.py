@@ -33,6 +33,8 @@ def train(
     try:
         recipe = Recipe.load(config)
         tokens = open_tokens(tokenizer)
+        if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
+            raise ValueError(f"output: got {output}, expected a folder, not a file or what is below one")
         text = open_text(data, tokens, recipe, output / "tokens")
         output.mkdir(parents=True, exist_ok=True)
         place = chosen_device(device)
@@ -61,7 +63,12 @@ def train(
             def warn(message: str) -> None:
                 console.print(f"[yellow]not used:[/yellow] {message}")
 
-            model = run(recipe, text, output, device=place, resume=resume, report=report, warn=warn)
+            def begin(step: int) -> None:
+                if step:
+                    console.print(f"going on after step {step}" if step < recipe.steps else "nothing is left to do")
+                progress.reset(bar, completed=step)
+
+            model = run(recipe, text, output, device=place, resume=resume, report=report, warn=warn, begin=begin)
     except (TypeError, ValueError, CheckpointError, FloatingPointError, OSError) as error:
         typer.echo(f"parallelflow train: {error}", err=True)
         raise typer.Exit(2) from None

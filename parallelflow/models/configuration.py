@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from parallelflow.checks import expect_choice, expect_positive_integer, nearest
+from parallelflow.checks import (
+    expect_choice,
+    expect_flag,
+    expect_number,
+    expect_positive_integer,
+    expect_positive_number,
+    nearest,
+)
 from parallelflow.nn import LAYERS, layer_options
 
 
@@ -59,6 +67,7 @@ class ParallelFlowConfig(PreTrainedConfig):
     ) -> None:
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_heads = max(1, hidden_size // 64) if num_heads is None else num_heads
+        _check_layers(layers, layer_options)
         self.layers, self.layer_options = list(layers), dict(layer_options or {})
         self.intermediate_size, self.norm_eps = intermediate_size, norm_eps
         self.initializer_range, self.use_cache = initializer_range, use_cache
@@ -66,7 +75,18 @@ class ParallelFlowConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             expect_positive_integer(name, getattr(self, name))
-        _check_layers(self.layers, self.layer_options)
+        if intermediate_size is not None:
+            expect_positive_integer("intermediate_size", intermediate_size)
+        expect_positive_number("norm_eps", norm_eps)
+        expect_number("initializer_range", initializer_range)
+        if not 0 <= initializer_range < math.inf:
+            raise ValueError(f"initializer_range: got {initializer_range}, expected a finite number ≥ 0")
+        expect_flag("use_cache", use_cache)
+        expect_flag("tie_word_embeddings", tie_word_embeddings)
+        for name in ("pad_token_id", "bos_token_id"):
+            expect_token(name, getattr(self, name), vocab_size)
+        for token in eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]:
+            expect_token("eos_token_id", token, vocab_size)
         known = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         for name in options:
             if name not in known | FROM_FILES and not hasattr(PreTrainedConfig, name) and not name.startswith("_"):
@@ -97,11 +117,28 @@ FROM_FILES = {"model_type", "transformers_version", "attn_implementation", "torc
 """What a saved configuration, or Transformers when it loads one, adds."""
 
 
-def _check_layers(layers: list[str], options: dict[str, dict[str, Any]]) -> None:
+def expect_token(name: str, token: object, vocab_size: int) -> None:
+    """TypeError or ValueError unless ``token`` is one of the vocabulary, or None."""
+    if token is None:
+        return
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise TypeError(f"{name}: got {token!r}, expected a token's number or None")
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name}: got {token}, expected one of the {vocab_size} tokens, from 0, or None")
+
+
+def _check_layers(layers: object, options: object) -> None:
+    if not isinstance(layers, list | tuple):
+        raise TypeError(f"layers: got {layers!r}, expected a list of names, as ['gated_delta_net']")
     if not layers:
         raise ValueError(f"layers: got none, expected at least one of {', '.join(LAYERS)}")
     for kind in layers:
         expect_choice("layers", kind, LAYERS)
+    options = {} if options is None else options
+    if not isinstance(options, dict) or not all(isinstance(given, dict) for given in options.values()):
+        raise TypeError(
+            f"layer_options: got {options!r}, expected keywords for kinds, as {{'mamba2': {{'expand': 2}}}}"
+        )
     for kind, given in options.items():
         if kind not in layers:
             raise ValueError(f"layer_options: got options of {kind!r}, expected only kinds in layers, {layers}")

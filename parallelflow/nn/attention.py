@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_positive_integer, expect_positive_number
 from parallelflow.nn.layer import Layer, Mixed, Sequences
 
 
@@ -51,10 +51,12 @@ class SoftmaxAttention(Layer):
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__(hidden_size)
+        expect_positive_integer("num_heads", num_heads)
+        expect_positive_number("rope_theta", rope_theta)
         self.num_heads, self.rope_theta = num_heads, rope_theta
         self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        for name in ("hidden_size", "num_heads", "num_key_value_heads", "head_dim"):
+        for name in ("num_key_value_heads", "head_dim"):
             expect_positive_integer(name, getattr(self, name))
         if num_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads: got {self.num_key_value_heads}, expected a divisor of {num_heads}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parallelflow.checks import expect_flag, expect_number
 from parallelflow.functional import comba
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.layer import AnyResult
@@ -21,7 +23,7 @@ class Comba(GatedDeltaNet):
         inner_decay: False is ``p = k``.
         output_correction: False is D = 0.
         correction_factor: D at the start.
-        options: of ``GatedDeltaNet``; the output gate is a sigmoid unless given.
+        options: of ``GatedDeltaNet``; the output gate is a sigmoid unless given, ``forget_gate=False`` is g = 0.
 
     Source: Hu, Pan et al. 2025, arXiv 2506.02475; names of flash-linear-attention's ``Comba``.
     """
@@ -39,6 +41,11 @@ class Comba(GatedDeltaNet):
         correction_factor: float = 1.0,
         **options: Any,
     ) -> None:
+        expect_flag("inner_decay", inner_decay)
+        expect_flag("output_correction", output_correction)
+        expect_number("correction_factor", correction_factor)
+        if not math.isfinite(correction_factor):
+            raise ValueError(f"correction_factor: got {correction_factor}, expected a finite number")
         self.inner_decay, self.output_correction = inner_decay, output_correction
         self.correction_factor = correction_factor
         super().__init__(hidden_size, output_gate=output_gate, **options)
@@ -58,7 +65,8 @@ class Comba(GatedDeltaNet):
         if self.output_correction:
             query = query - self.D.to(query.dtype).unsqueeze(-1) * removal_key
         beta, log_decay = self.beta(hidden_states), self.log_decay(hidden_states)
-        assert log_decay is not None
+        if log_decay is None:
+            log_decay = torch.zeros_like(beta)
         return comba(
             query, key, value, beta, log_decay, removal_key=removal_key, normalize_query_key=True, **options
         )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parallelflow.checks import expect_flag
 from parallelflow.functional import delta_rule
 from parallelflow.nn.layer import AnyResult
 from parallelflow.nn.query_key_value import QueryKeyValueLayer
@@ -22,6 +23,7 @@ class DeltaNet(QueryKeyValueLayer):
     """
 
     def __init__(self, hidden_size: int, *, negative_eigenvalues: bool = False, **options: Any) -> None:
+        expect_flag("negative_eigenvalues", negative_eigenvalues)
         super().__init__(hidden_size, **options)
         self.negative_eigenvalues = negative_eigenvalues
         self.b_proj = nn.Linear(hidden_size, self.rows * self.num_value_heads, bias=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from parallelflow.checks import expect_positive_integer
 from parallelflow.functional import delta_product
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.layer import AnyResult
@@ -25,6 +26,7 @@ class DeltaProduct(GatedDeltaNet):
     def __init__(
         self, hidden_size: int, *, num_householder: int = 2, negative_eigenvalues: bool = True, **options: Any
     ) -> None:
+        expect_positive_integer("num_householder", num_householder)
         super().__init__(
             hidden_size, rows=num_householder, negative_eigenvalues=negative_eigenvalues, **options
         )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parallelflow.checks import expect_flag
 from parallelflow.functional import gated_delta_rule
 from parallelflow.nn.decay import initial_log_rates, initial_step_biases, softplus_decay
 from parallelflow.nn.delta_net import DeltaNet
@@ -31,6 +32,7 @@ class GatedDeltaNet(DeltaNet):
     def __init__(
         self, hidden_size: int, *, output_gate: str | None = "silu", forget_gate: bool = True, **options: Any
     ) -> None:
+        expect_flag("forget_gate", forget_gate)
         super().__init__(hidden_size, output_gate=output_gate, **options)
         self.forget_gate = forget_gate
         if forget_gate:

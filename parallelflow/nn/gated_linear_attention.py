@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallelflow.checks import expect_number
+from parallelflow.checks import expect_positive_integer, expect_positive_number
 from parallelflow.functional import gated_linear_attention
 from parallelflow.nn.layer import AnyResult, low_rank
 from parallelflow.nn.query_key_value import QueryKeyValueLayer
@@ -42,6 +42,9 @@ class GatedLinearAttention(QueryKeyValueLayer):
         temperature: float = 16.0,
         **options: Any,
     ) -> None:
+        expect_positive_integer("num_heads", num_heads)
+        expect_positive_integer("decay_rank", decay_rank)
+        expect_positive_number("temperature", temperature)
         self.norm_name = "g_norm_swish_gate" if output_gate == "silu" else "g_norm"
         super().__init__(
             hidden_size,
@@ -52,7 +55,6 @@ class GatedLinearAttention(QueryKeyValueLayer):
             output_gate=output_gate,
             **options,
         )
-        expect_number("temperature", temperature)
         self.temperature = temperature
         self.gk_proj = low_rank(hidden_size, decay_rank, self.num_value_heads * self.head_dim, bias=True)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parallelflow.checks import expect_flag, expect_number
 from parallelflow.functional import kimi_delta_attention
 from parallelflow.nn.decay import initial_log_rates, initial_step_biases, softplus_decay
 from parallelflow.nn.delta_net import DeltaNet
@@ -22,7 +24,8 @@ class KimiDeltaAttention(DeltaNet):
         lower_bound: b < 0 makes it ``g = b · sigmoid(e^{A_log} (W_f x + dt_bias))``, in (b, 0).
         low_rank_gates: whether ``f_proj`` and ``g_proj`` are products through V channels (``f_proj.0``, ``f_proj.1``),
             or one matrix each.
-        options: of ``DeltaNet``; the output gate is a sigmoid.
+        output_gate: ``"sigmoid"`` unless given, as published; None is no gate.
+        options: of ``DeltaNet``.
 
     Source: Kimi Linear, Kimi Team 2025, arXiv 2510.26692; names of flash-linear-attention's ``KimiDeltaAttention``. The
     layers of Kimi-Linear's own checkpoints and of Kimi Linear, GLM-5 and Bailing in Transformers load as well.
@@ -32,11 +35,20 @@ class KimiDeltaAttention(DeltaNet):
     dt_bias: nn.Parameter
 
     def __init__(
-        self, hidden_size: int, *, lower_bound: float | None = None, low_rank_gates: bool = True, **options: Any
+        self,
+        hidden_size: int,
+        *,
+        lower_bound: float | None = None,
+        low_rank_gates: bool = True,
+        output_gate: str | None = "sigmoid",
+        **options: Any,
     ) -> None:
-        if lower_bound is not None and lower_bound >= 0:
-            raise ValueError(f"lower_bound: got {lower_bound}, expected a negative number or None")
-        super().__init__(hidden_size, output_gate="sigmoid", low_rank_gate=low_rank_gates, **options)
+        if lower_bound is not None:
+            expect_number("lower_bound", lower_bound)
+            if not -math.inf < lower_bound < 0:
+                raise ValueError(f"lower_bound: got {lower_bound}, expected a negative number or None")
+        expect_flag("low_rank_gates", low_rank_gates)
+        super().__init__(hidden_size, output_gate=output_gate, low_rank_gate=low_rank_gates, **options)
         self.lower_bound = lower_bound
         gates = self.num_value_heads * self.head_dim
         if low_rank_gates:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_floating, show
+from parallelflow.checks import expect_floating, expect_positive_integer, show
 from parallelflow.integrate import Options, Result, ResultWithStates
 from parallelflow.nn.packing import Packing
 
@@ -96,6 +96,9 @@ class Layer(nn.Module):
 
     def __init__(self, hidden_size: int, engine: Options | None = None) -> None:
         super().__init__()
+        expect_positive_integer("hidden_size", hidden_size)
+        if engine is not None and not isinstance(engine, dict):
+            raise TypeError(f"engine: got {engine!r}, expected a dictionary of options of parallelflow.integrate")
         self.hidden_size = hidden_size
         self.engine: Options = {} if engine is None else engine
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallelflow.checks import expect_flag, expect_positive_integer
 from parallelflow.functional import low_rank_flow
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.layer import AnyResult
@@ -31,6 +32,8 @@ class LowRankFlow(GatedDeltaNet):
     def __init__(
         self, hidden_size: int, *, rank: int = 2, tied: bool = False, discretization: Any = "exact", **options: Any
     ) -> None:
+        expect_positive_integer("rank", rank)
+        expect_flag("tied", tied)
         super().__init__(hidden_size, rows=rank, key_rows=rank if tied else 2 * rank, **options)
         self.tied = tied
         self.engine = {"discretization": discretization, **self.engine}

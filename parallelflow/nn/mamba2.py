@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_flag, expect_number, expect_positive_integer, expect_positive_number
 from parallelflow.functional import ssd
 from parallelflow.integrate import Options
 from parallelflow.nn.convolution import depthwise, short_convolution
@@ -56,10 +56,20 @@ class Mamba2(Layer):
         engine: Options | None = None,
     ) -> None:
         super().__init__(hidden_size, engine)
+        sizes = {"expand": expand, "head_dim": head_dim, "state_size": state_size, "num_groups": num_groups}
+        for name, size in sizes.items():
+            expect_positive_integer(name, size)
+        expect_flag("conv_bias", conv_bias)
+        expect_flag("bias", bias)
+        expect_positive_number("norm_eps", norm_eps)
+        if not isinstance(time_step_limit, list | tuple) or len(time_step_limit) != 2:
+            raise TypeError(f"time_step_limit: got {time_step_limit!r}, expected two numbers")
+        for bound in time_step_limit:
+            expect_number("time_step_limit", bound)
+        if not 0 <= time_step_limit[0] <= time_step_limit[1]:
+            raise ValueError(f"time_step_limit: got {time_step_limit}, expected 0 ≤ lower ≤ upper")
         self.inner_size, self.head_dim, self.state_size = expand * hidden_size, head_dim, state_size
         self.num_heads, self.num_groups = self.inner_size // head_dim, num_groups
-        for name in ("hidden_size", "head_dim", "state_size", "num_groups"):
-            expect_positive_integer(name, getattr(self, name))
         if self.num_heads * head_dim != self.inner_size or self.num_heads % num_groups:
             raise ValueError(
                 f"head_dim: got {head_dim} and num_groups {num_groups}, expected heads that divide expand · hidden_size"

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_choice, expect_flag, expect_positive_integer, expect_positive_number
 from parallelflow.integrate import Options
 from parallelflow.nn.convolution import depthwise, short_convolution
 from parallelflow.nn.layer import AnyResult, Layer, Memory, Mixed, Sequences, low_rank
-from parallelflow.nn.norm import GatedRMSNorm
+from parallelflow.nn.norm import ACTIVATIONS, GatedRMSNorm
 
 
 class QueryKeyValueLayer(Layer):
@@ -58,13 +58,20 @@ class QueryKeyValueLayer(Layer):
         engine: Options | None = None,
     ) -> None:
         super().__init__(hidden_size, engine)
+        expect_positive_integer("num_heads", num_heads)
+        if conv_size != 0 or isinstance(conv_size, bool):
+            expect_positive_integer("conv_size", conv_size)
+        expect_flag("conv_bias", conv_bias)
+        expect_positive_number("norm_eps", norm_eps)
+        if output_gate is not None:
+            expect_choice("output_gate", output_gate, ACTIVATIONS)
         self.num_heads, self.num_value_heads = num_heads, num_heads if num_value_heads is None else num_value_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
         self.rows = 1 if rows is None else rows
         self.key_rows = self.rows if key_rows is None else key_rows
         self.stacked = rows is not None
-        for name in ("hidden_size", "num_heads", "num_value_heads", "head_dim", "value_head_dim", "rows", "key_rows"):
+        for name in ("num_value_heads", "head_dim", "value_head_dim", "rows", "key_rows"):
             expect_positive_integer(name, getattr(self, name))
         if self.num_value_heads % num_heads:
             raise ValueError(f"num_value_heads: got {self.num_value_heads}, expected a multiple of {num_heads} heads")

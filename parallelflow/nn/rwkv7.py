@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_flag, expect_positive_integer, expect_positive_number
 from parallelflow.functional import rwkv7
 from parallelflow.integrate import Options
 from parallelflow.nn.convolution import token_shift
@@ -40,7 +40,6 @@ class LowRank(nn.Module):
 
     def __init__(self, size: int, rank: int, activation: nn.Module, bias: bool = True) -> None:
         super().__init__()
-        expect_positive_integer("rank", rank)
         self.rank = rank
         first, second = nn.Linear(size, rank, bias=False), nn.Linear(rank, size, bias=bias)
         self.lora = nn.Sequential(first, activation, second)
@@ -94,6 +93,20 @@ class RWKV7(Layer):
     ) -> None:
         super().__init__(hidden_size, engine)
         expect_positive_integer("head_dim", head_dim)
+        expect_positive_integer("num_layers", num_layers)
+        if isinstance(layer_index, bool) or not isinstance(layer_index, int):
+            raise TypeError(f"layer_index: got {layer_index!r}, expected an integer")
+        if not 0 <= layer_index < num_layers:
+            raise ValueError(
+                f"layer_index: got {layer_index}, expected at least 0 and less than num_layers = {num_layers}"
+            )
+        if value_residual is not None:
+            expect_flag("value_residual", value_residual)
+        ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
+        for name, rank in ranks.items():
+            if rank is not None:
+                expect_positive_integer(name, rank)
+        expect_positive_number("norm_eps", norm_eps)
         if hidden_size % head_dim:
             raise ValueError(f"head_dim: got {head_dim}, expected a divisor of hidden_size = {hidden_size}")
         self.num_heads, self.head_dim = hidden_size // head_dim, head_dim

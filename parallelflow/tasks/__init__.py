@@ -8,12 +8,14 @@ from parallelflow.tasks.base import IGNORED, Task
 from parallelflow.tasks.groups import Group, alternating, symmetric
 from parallelflow.tasks.recall import AssociativeRecall
 from parallelflow.tasks.registry import TASKS, make_task
-from parallelflow.tasks.words import ModularArithmetic, Words, parity
+from parallelflow.tasks.words import CycleNavigation, EvenPairs, ModularArithmetic, Words, parity
 
 __all__ = [
     "IGNORED",
     "TASKS",
     "AssociativeRecall",
+    "CycleNavigation",
+    "EvenPairs",
     "Group",
     "ModularArithmetic",
     "Task",

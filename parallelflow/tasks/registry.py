@@ -8,10 +8,12 @@ from parallelflow.checks import expect_choice
 from parallelflow.tasks.base import Task
 from parallelflow.tasks.groups import alternating, symmetric
 from parallelflow.tasks.recall import AssociativeRecall
-from parallelflow.tasks.words import ModularArithmetic, Words, parity
+from parallelflow.tasks.words import CycleNavigation, EvenPairs, ModularArithmetic, Words, parity
 
 TASKS: dict[str, Callable[[], Task]] = {
     "parity": parity,
+    "even_pairs": EvenPairs,
+    "cycle_navigation": CycleNavigation,
     "modular_arithmetic": ModularArithmetic,
     "S3": lambda: Words(symmetric(3)),
     "S4": lambda: Words(symmetric(4)),

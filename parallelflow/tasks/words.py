@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallelflow.checks import expect_positive_integer
 from parallelflow.tasks.base import IGNORED, Task
 from parallelflow.tasks.groups import Group
 
@@ -33,6 +34,39 @@ class Words(Task):
 def parity() -> Words:
     """The word problem of the group of two elements: whether the number of ones so far is odd."""
     return Words(Group.of([(0, 1), (1, 0)]))
+
+
+class EvenPairs(Task):
+    """Tokens a and b: is the number of the changes ab and ba so far odd? It is when first and last token differ.
+
+    Source: "even pairs" of Delétang et al. 2023, arXiv 2207.02098, asked at every position.
+    """
+
+    vocabulary = classes = 2
+    chance = 1 / 2
+
+    def tokens(self, count: int, length: int, generator: torch.Generator | None) -> Tensor:
+        return torch.randint(2, (count, length), generator=generator)
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        return (tokens != tokens[:, :1]).long()
+
+
+class CycleNavigation(Task):
+    """Steps on a cycle of ``size`` places, token 0 stay, 1 forward, 2 back: the place after every step.
+
+    Source: "cycle navigation" of Delétang et al. 2023, arXiv 2207.02098, asked at every position.
+    """
+
+    def __init__(self, size: int = 5) -> None:
+        expect_positive_integer("size", size)
+        self.vocabulary, self.classes, self.chance = 3, size, 1 / size
+
+    def tokens(self, count: int, length: int, generator: torch.Generator | None) -> Tensor:
+        return torch.randint(3, (count, length), generator=generator)
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        return torch.tensor([0, 1, -1])[tokens].cumsum(1) % self.classes
 
 
 class ModularArithmetic(Task):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
@@ -63,11 +64,36 @@ def save(
     tokens: str,
     keep: int,
 ) -> Path:
-    """Writes ``folder/step-…`` and removes all but the newest ``keep`` of those that are there."""
+    """Writes ``folder/step-…`` and removes all but the newest ``keep`` of those that are there.
+
+    Raises:
+        OSError: where it cannot be written, as on a full disk; those that are there stay, and nothing half.
+    """
     place = folder / f"step-{step:08d}"
     writing = folder / f".writing-{step:08d}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    for left in folder.glob(".writing-*"):  # of an earlier run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        _write(writing, step, model, optimizer, recipe, tokens)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise OSError(f"checkpoint: {place} cannot be written: {error}") from error
+    if place.exists():  # of a step that is made again because the newest one was damaged
+        _remove(place)
+    writing.rename(place)
+    _flush(folder)
+    for old in _folders(folder)[keep:]:
+        _remove(old)
+    for left in folder.glob(".removing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return place
+
+
+def _write(
+    writing: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, recipe: dict[str, Any], tokens: str
+) -> None:
+    """All files of a checkpoint, flushed to the disk."""
     model.config.save_pretrained(writing)
     save_model(model, str(writing / "model.safetensors"), metadata={"format": "pt"})
     state = {
@@ -88,15 +114,6 @@ def save(
     for file in writing.iterdir():
         _flush(file)
     _flush(writing)
-    if place.exists():  # of a step that is made again because the newest one was damaged
-        _remove(place)
-    writing.rename(place)
-    _flush(folder)
-    for old in _folders(folder)[keep:]:
-        _remove(old)
-    for left in folder.glob(".removing-*"):  # of an earlier run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    return place
 
 
 def latest(folder: Path, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:

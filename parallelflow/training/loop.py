@@ -34,6 +34,7 @@ def train(
     context_group: Any = None,
     report: Report = lambda entry: None,
     warn: Callable[[str], None] = lambda message: None,
+    begin: Callable[[int], None] = lambda step: None,
 ) -> ParallelFlowForCausalLM:
     """Trains, and leaves in ``folder`` the ``checkpoints`` and ``log.jsonl``, a line a step.
 
@@ -45,7 +46,7 @@ def train(
         context_group: a process group whose ranks share every sequence (see docs/context_parallel.md). All ranks call
             this, with a folder that all see; the first one writes, and hears ``report``. What is computed does not
             depend on the number of ranks but for rounding, so another number of them may go on.
-        report: hears every line of the log; ``warn`` why a checkpoint is not used.
+        report: hears every line of the log; ``warn`` why a checkpoint is not used; ``begin`` the steps done before.
 
     Raises:
         ValueError: where the folder has checkpoints and ``resume`` is not asked for, or those of another training.
@@ -69,6 +70,7 @@ def train(
     if found is not None:
         found.restore(model, optimizer)
         done = found.step
+    begin(done)
     model.train()
     if context is not None:
         _expect_same_step(context, done)  # before any of them writes

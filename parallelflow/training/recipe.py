@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from parallelflow.checks import expect_choice, nearest
-from parallelflow.models import ParallelFlowConfig
+from parallelflow.models import ParallelFlowConfig, ParallelFlowForCausalLM
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -84,7 +85,12 @@ class Recipe:
             raise TypeError(f"model: got {self.model!r}, expected keys of ParallelFlowConfig")
         if "vocab_size" in self.model:
             raise ValueError("model.vocab_size: got one, expected none: it is the number of tokens there are")
-        self.configuration(256)
+        configuration = self.configuration(2**31 - 1)  # a vocabulary that has any token
+        try:
+            with torch.device("meta"):  # layers check their options where they are made
+                ParallelFlowForCausalLM(configuration)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"model.{error}") from None
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Recipe:
@@ -103,7 +109,8 @@ class Recipe:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"config: {file} cannot be read as YAML: {error}") from None
         if not isinstance(given, dict):
-            raise ValueError(f"config: {file} holds {type(given).__name__}, expected keys and values")
+            what = "is empty" if given is None else f"holds {type(given).__name__}"
+            raise ValueError(f"config: {file} {what}, expected keys and values")
         return cls.of({str(key): value for key, value in given.items()})
 
     def table(self) -> dict[str, Any]:

@@ -80,6 +80,18 @@ def test_a_head_that_a_checkpoint_lacks_is_made_anew(tmp_path):
         ({"layer_options": {"rwkv7": {}}}, ValueError, "layer_options: got options of 'rwkv7'"),
         ({"hidden_sise": 4}, TypeError, "hidden_sise: unknown option.*hidden_size"),
         ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers: got 0"),
+        ({"layers": "mamba2"}, TypeError, "layers: got 'mamba2', expected a list of names"),
+        ({"layers": None}, TypeError, "layers: got None, expected a list of names"),
+        ({"layer_options": ["mamba2"]}, TypeError, "layer_options: got .*expected keywords for kinds"),
+        ({"layer_options": {"gated_delta_net": ["x"]}}, TypeError, "layer_options: got .*expected keywords for kinds"),
+        ({"intermediate_size": 1.5}, TypeError, "intermediate_size: got 1.5"),
+        ({"norm_eps": "1e-6"}, TypeError, "norm_eps: got '1e-6', expected a number"),
+        ({"initializer_range": -1}, ValueError, "initializer_range: got -1"),
+        ({"use_cache": "no"}, TypeError, "use_cache: got 'no', expected True or False"),
+        ({"tie_word_embeddings": 1}, TypeError, "tie_word_embeddings: got 1, expected True or False"),
+        ({"vocab_size": 8, "pad_token_id": 8}, ValueError, "pad_token_id: got 8, expected one of the 8 tokens"),
+        ({"vocab_size": 8, "eos_token_id": [3, -1]}, ValueError, "eos_token_id: got -1"),
+        ({"bos_token_id": "x"}, TypeError, "bos_token_id: got 'x', expected a token's number or None"),
     ],
 )
 def test_errors(options, error, words):

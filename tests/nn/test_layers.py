@@ -22,10 +22,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "delta_product": ("delta_product", {"num_heads": 2, "num_householder": 3, "num_value_heads": 4}),
     "delta_product, no decay": ("delta_product", {"num_heads": 2, "forget_gate": False}),
     "kimi_delta_attention": ("kimi_delta_attention", {"num_heads": 2, "num_value_heads": 4}),
+    "kimi_delta_attention, no gate": ("kimi_delta_attention", {"num_heads": 2, "output_gate": None}),
     "rwkv7": ("rwkv7", {"head_dim": 8}),
     "gated_linear_attention": ("gated_linear_attention", {"num_heads": 2}),
     "mamba2": ("mamba2", {"head_dim": 8, "state_size": 6, "num_groups": 2}),
     "comba": ("comba", {"num_heads": 2, "num_value_heads": 4}),
+    "comba, no decay": ("comba", {"num_heads": 2, "forget_gate": False, "output_correction": False}),
     "low_rank_flow": ("low_rank_flow", {"num_heads": 2, "num_value_heads": 4}),
     "low_rank_flow, tied, Cayley": ("low_rank_flow", {"num_heads": 2, "tied": True, "discretization": "cayley"}),
     "softmax_attention": ("softmax_attention", {"num_heads": 4, "num_key_value_heads": 2}),
@@ -288,7 +290,7 @@ def test_errors():
         layer(torch.zeros(2, 3, WIDTH), memory=layer(torch.zeros(1, 3, WIDTH)).memory)
     with pytest.raises(ValueError, match="num_value_heads: got 3, expected a multiple of 2"):
         GatedDeltaNet(WIDTH, num_heads=2, num_value_heads=3)
-    with pytest.raises(ValueError, match="activation: got 'relu'"):
+    with pytest.raises(ValueError, match="output_gate: got 'relu'"):
         GatedDeltaNet(WIDTH, num_heads=2, output_gate="relu")
     with pytest.raises(ValueError, match=r"layer: got 'gated_deltanet'.*did you mean 'gated_delta_net'"):
         make_layer("gated_deltanet", WIDTH)

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -156,6 +157,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, data, file, 
         train(recipe(), text, tmp_path / "run", resume=True)
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path, data, monkeypatch):
+    """The error says what could not be written; nothing half is left, and the training goes on from the one before."""
+    text = open_text(data, Bytes(), recipe(), tmp_path)
+    train(recipe(), text, tmp_path / "whole")
+    write = checkpoint.save_file
+
+    def full(tensors, file):
+        if "00000015" in str(file):
+            file.write_bytes(b"half")
+            raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+        write(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint: .*step-00000015 cannot be written: .*No space left on device"):
+        train(recipe(), text, tmp_path / "run")
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == ["step-00000005", "step-00000010"]
+    monkeypatch.undo()
+    train(recipe(), text, tmp_path / "run", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
 def test_a_checkpoint_of_another_training(tmp_path, data):
     text = open_text(data, Bytes(), recipe(), tmp_path)
     train(recipe(), text, tmp_path / "run")
@@ -274,6 +297,8 @@ def test_tokens_of_a_tokenizer_file(tmp_path, data, tokenizer):
         ({"held_out": 1}, "held_out: got 1, expected a share"),
         ({"precision": "half"}, "precision: got 'half', expected one of"),
         ({"keep": 1}, "keep: got 1, expected at least 2"),
+        ({"model": {"layers": "mamba2"}}, "model.layers: got 'mamba2', expected a list of names"),
+        ({"model": {"layer_options": {"gated_delta_net": {"forget_gate": "no"}}}}, "model.forget_gate: got 'no'"),
         ({"model": {"layers": ["mamba3"]}}, "model.layers: got 'mamba3'.*did you mean 'mamba2'"),
         ({"model": {"vocab_size": 3}}, "model.vocab_size"),
         ({"model": 3}, "model: got 3"),
@@ -314,16 +339,25 @@ def test_train_and_generate(tmp_path, data, tokenizer, with_tokenizer):
     assert {"checkpoints", "log.jsonl", "loss.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     code, said = invoke("train", *options)
     assert code == 2 and "--resume" in said
-    assert invoke("train", *options, "--resume")[0] == 0
+    code, said = invoke("train", *options, "--resume")
+    assert code == 0 and "nothing is left to do" in said
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    code, said = invoke("train", *options, "--resume")
+    assert code == 0 and "going on after step 15" in said
     speak = ["generate", tmp_path / "run", "--prompt", "the state", "--tokens", 12, "--device", "cpu"]
     code, said = invoke(*speak)
     assert code == 0 and said.startswith("the state") and len(said) > 12
     assert invoke(*speak)[1] == said, "the same seed says the same"
     assert invoke(*speak, "--seed", 1)[1] != said
+    assert invoke(*speak, "--temperature", "1e-40")[1] == invoke(*speak, "--temperature", 0)[1]
+    code, said = invoke(*speak, "--temperature", "inf")
+    assert code == 2 and "temperature: got inf" in said
     code, said = invoke("generate", tmp_path / "elsewhere")
     assert code == 2 and "has none" in said
     code, said = invoke("train", *options[:2], "--config", data / "a.txt", "--output", tmp_path / "other")
     assert code == 2 and "config: " in said
+    code, said = invoke("train", *options[:4], "--output", config / "below")
+    assert code == 2 and "output: got" in said
 
 
 def test_bench_and_doctor_name_a_backend_for_every_model():
