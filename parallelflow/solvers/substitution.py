@@ -18,7 +18,7 @@ class substitution(Stepwise):
     def recursion(gram: Tensor, right: Tensor, block: int) -> Tensor:
         rows, found, rest = right.shape[-2], [], right
         for start in range(0, rows, block):
-            row, rest = rest[..., :block, :], rest[..., block:, :]
+            row, rest = rest[..., :block, :].clone(), rest[..., block:, :]  # a view would keep all of `rest`
             found.append(row)
             if start + block < rows:
                 rest = rest + gram[..., start + block :, start : start + block] @ row
