@@ -154,10 +154,11 @@ def test_an_interrupted_part_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not unfinished.exists()
 
 
-def test_figures_of_another_machine_or_size_are_measured_again(tmp_path, monkeypatch):
+def test_figures_of_another_machine_size_or_version_are_measured_again(tmp_path, monkeypatch):
     assert invoke(tmp_path, "--only", "convergence").exit_code == 0
     finished = tmp_path / "convergence.json"
-    for change in ({"quick": False}, {"machine": {"gpu": "another"}}, {"rows": []}):
+    earlier = [{key: row[key] for key in ("scheme", "steps")} for row in store.read(finished)["rows"]]
+    for change in ({"quick": False}, {"machine": {"gpu": "another"}}, {"rows": []}, {"rows": earlier}):
         finished.write_text(json.dumps(store.read(finished) | change))
         assert invoke(tmp_path, "--only", "convergence").exit_code == 0
         held = store.read(finished)

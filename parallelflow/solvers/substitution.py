@@ -11,7 +11,7 @@ from parallelflow.solvers.base import Stepwise
 class substitution(Stepwise):
     """``F(m+1, p) = F(m, p) + G[p, m] F(m, m)`` for all rows p > m at once: n/block - 1 stages, each an outer product.
 
-    The same operations as ``sequential`` in the order that exposes their parallelism (THEORY, section 4).
+    The same operations as ``sequential`` in the order that exposes their parallelism.
     """
 
     @staticmethod

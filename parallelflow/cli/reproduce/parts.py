@@ -34,10 +34,11 @@ INVERSES: dict[str, Solver] = {**SOLVERS, "neumann_doubling": neumann_doubling}
 
 
 class Part(NamedTuple):
-    """``settings(quick)`` in the order in which they are measured; ``measure(**setting)`` is what was found."""
+    """``settings(quick)`` in the order of measuring; ``measure(**setting)`` finds what ``finds`` names."""
 
     settings: Callable[[bool], list[Figures]]
     measure: Callable[..., Figures]
+    finds: tuple[str, ...]
 
 
 def crossed(**choices: tuple[Any, ...] | Any) -> list[Figures]:
@@ -59,15 +60,16 @@ def _equivalence_settings(quick: bool) -> list[Figures]:
 def _equivalence(*, rows: int, length: int, dtype: str, **choices: Any) -> Figures:
     """A solver and an aggregate against the recurrence. ``unavoidable``: the error of the float64 recurrence on the
     rounded inputs, its output rounded; in float32, of the float32 recurrence. ``gradient_error``: the worst over the
-    inputs, in float64."""
+    inputs, in float64 (else None)."""
     inputs, expected, unavoidable = _recurrence(rows, length, dtype)
     run = _bound("low_rank_flow", choices)
-    found: Figures = {"error": relative_error(run(**inputs).output.double(), expected), "unavoidable": unavoidable}
+    gradient_error = None
     if dtype == "float64":
         gradients = _gradients(run, inputs)
         wanted = _recurrence_gradients(rows, length)
-        found["gradient_error"] = max(relative_error(gradients[name], wanted[name]) for name in wanted)
-    return found
+        gradient_error = max(relative_error(gradients[name], wanted[name]) for name in wanted)
+    error = relative_error(run(**inputs).output.double(), expected)
+    return {"error": error, "unavoidable": unavoidable, "gradient_error": gradient_error}
 
 
 @cache
@@ -206,10 +208,10 @@ def _time(run: Callable[[], object], device: str) -> float:
 
 
 PARTS = {
-    "equivalence": Part(_equivalence_settings, _equivalence),
-    "complexity": Part(_complexity_settings, _complexity),
-    "accuracy": Part(_accuracy_settings, _accuracy),
-    "convergence": Part(_convergence_settings, _convergence),
-    "runtime": Part(_runtime_settings, _runtime),
-    "aggregation": Part(_aggregation_settings, _aggregation),
+    "equivalence": Part(_equivalence_settings, _equivalence, ("error", "unavoidable", "gradient_error")),
+    "complexity": Part(_complexity_settings, _complexity, ("operations", "stages", "serial", "memory")),
+    "accuracy": Part(_accuracy_settings, _accuracy, ("error",)),
+    "convergence": Part(_convergence_settings, _convergence, ("error",)),
+    "runtime": Part(_runtime_settings, _runtime, ("milliseconds",)),
+    "aggregation": Part(_aggregation_settings, _aggregation, ("milliseconds", "difference")),
 }

@@ -32,7 +32,7 @@ class Store:
         held = read(self.finished)
         rows = held["rows"]
         same = {key: held[key] for key in self.run} == self.run and len(rows) == len(self.settings)
-        return same and all(map(_is_of, rows, self.settings))
+        return same and all(map(self._is_of, rows, self.settings))
 
     def forget(self) -> None:
         """Everything is measured again."""
@@ -73,14 +73,14 @@ class Store:
             return []
         kept = []
         for setting, line in zip(self.settings, lines[1:], strict=False):
-            if not _is_of(line["row"], setting):
+            if not self._is_of(line["row"], setting):
                 break
             kept.append((line["seconds"], line["row"]))
         return kept
 
-
-def _is_of(row: Figures, setting: Figures) -> bool:
-    return row.items() >= setting.items()
+    def _is_of(self, row: Figures, setting: Figures) -> bool:
+        """Whether a figure is of this setting, and has all that is measured of it now."""
+        return row.items() >= setting.items() and row.keys() == {*setting, *self.part.finds}
 
 
 def _write(file: Path, lines: list[dict[str, Any]], indent: int | None = None) -> None:
