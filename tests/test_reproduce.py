@@ -100,7 +100,16 @@ def test_substitution_holds_no_more_than_a_few_solutions(solver):
 @pytest.fixture
 def small(monkeypatch):
     """Every part with a few of its figures."""
-    some = {"complexity": 48, "equivalence": 12, "accuracy": 80, "runtime": 4, "aggregation": 3, "convergence": 18}
+    some = {
+        "structure": 28,
+        "signatures": 24,
+        "complexity": 24,
+        "equivalence": 12,
+        "accuracy": 80,
+        "runtime": 4,
+        "aggregation": 3,
+        "convergence": 18,
+    }
     first = lambda part, number: part._replace(settings=lambda quick: part.settings(quick)[:number])  # noqa: E731
     for name, part in parts.PARTS.items():
         monkeypatch.setitem(parts.PARTS, name, first(part, some[name]))
@@ -165,7 +174,7 @@ def test_figures_of_another_machine_size_or_version_are_measured_again(tmp_path,
         assert held["quick"] and held["machine"] == store.machine() and len(held["rows"]) == 18
 
 
-def test_a_killed_run_is_taken_up(tmp_path):
+def test_a_killed_run_is_taken_up(small, tmp_path):
     """SIGKILL while figures come in, then the same command again."""
     command = [sys.executable, "-m", "parallelflow.cli", "reproduce", "--quick", "--only", "complexity"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -229,6 +238,26 @@ def test_verdicts_are_those_of_the_figures():
     assert verdict("complexity", 1, counted(sigdelta=(3, 1, 1, 2))) == "does not hold"
     assert verdict("complexity", 2, counted(substitution=(2, 3, 3, 1))) == "holds"
     assert verdict("complexity", 3, counted(sigdelta=(2, 1, 1, 3))) == "does not hold"
+
+    flows = [part | {"property": name, "size": 1} for name, part in {
+        "composition": {"error": 1e-15, "rank": None}, "low rank": {"error": 1e-15, "rank": 2},
+        "adjoint": {"error": 1e-15, "rank": None}, "exponential, plus": {"error": 1e-15, "rank": None},
+        "exponential, minus": {"error": 0.3, "rank": None},
+    }.items()]  # fmt: skip
+    assert [verdict("structure", n, flows)[:5] for n in range(4)] == ["holds"] * 4
+    for number, (place, change) in enumerate(
+        [(0, {"error": 1e-3}), (1, {"rank": 3}), (2, {"error": 1e-3}), (4, {"error": 1e-15})]
+    ):
+        changed = [row | change if n == place else row for n, row in enumerate(flows)]
+        assert verdict("structure", number, changed) == "does not hold"
+
+    grid = lambda power, other: [  # noqa: E731
+        {"route": route, "steps": steps, "kernel": 1.0 + off, "error": steps**-power}
+        for steps in (2, 4)
+        for route, off in (("stencil", 0.0), ("sigdelta", other))
+    ]
+    said = [verdict("signatures", 0, grid(*case)) for case in ((1.0, 0.0), (2.0, 0.0), (1.0, 1e-5))]
+    assert said == ["holds", "does not hold", "does not hold"]
 
     timed = lambda sigdelta: [  # noqa: E731
         {"device": "cpu", "rows": 1, "chunk": 16, "solver": solver, "milliseconds": time}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from parallelflow import functional
 from parallelflow.cli.demo import recurrences
 from parallelflow.cli.demo.agreement import milliseconds, relative_error
 from parallelflow.cli.demo.inputs import Sizes, draw_inputs
-from parallelflow.cli.reproduce import turning
+from parallelflow.cli.reproduce import signatures, structure, turning
 from parallelflow.cli.reproduce.counting import count
 from parallelflow.cli.reproduce.inverses import neumann_doubling
 from parallelflow.cli.reproduce.memory import peak
@@ -137,6 +137,28 @@ def _accuracy(*, keys: str, dtype: str, rows: int, chunk: int, inverse: str) -> 
     return {"error": error if math.isfinite(error) else None}
 
 
+def _structure_settings(quick: bool) -> list[Figures]:
+    sizes = {"composition": (2, 4, 8, 16), "low rank": (1, 2, 4, 8, 16), "adjoint": (1, 2, 4, 8, 16)}
+    traces = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    every = (crossed(property=(name,), size=sizes.get(name, traces)) for name in structure.PROPERTIES)
+    return list(chain.from_iterable(every))
+
+
+def _structure(*, property: str, size: float) -> Figures:
+    """How far each statement of the theory is from true, in float64."""
+    return structure.PROPERTIES[property](size)
+
+
+def _signatures_settings(quick: bool) -> list[Figures]:
+    return crossed(route=signatures.ROUTES, steps=(2, 4, 8, 16) if quick else (2, 4, 8, 16, 32))
+
+
+def _signatures(*, route: str, steps: int) -> Figures:
+    """The kernel of two straight lines on a grid, and how far it is from that of the lines themselves."""
+    found = signatures.kernel(route, steps)
+    return {"kernel": found, "error": abs(found - signatures.EXACT) / signatures.EXACT}
+
+
 def _convergence_settings(quick: bool) -> list[Figures]:
     return crossed(scheme=tuple(turning.ORDERS), steps=(16, 32, 64) if quick else (16, 32, 64, 128, 256))
 
@@ -208,9 +230,11 @@ def _time(run: Callable[[], object], device: str) -> float:
 
 
 PARTS = {
+    "structure": Part(_structure_settings, _structure, ("error", "rank")),
     "equivalence": Part(_equivalence_settings, _equivalence, ("error", "unavoidable", "gradient_error")),
     "complexity": Part(_complexity_settings, _complexity, ("operations", "stages", "serial", "memory")),
     "accuracy": Part(_accuracy_settings, _accuracy, ("error",)),
+    "signatures": Part(_signatures_settings, _signatures, ("kernel", "error")),
     "convergence": Part(_convergence_settings, _convergence, ("error",)),
     "runtime": Part(_runtime_settings, _runtime, ("milliseconds",)),
     "aggregation": Part(_aggregation_settings, _aggregation, ("milliseconds", "difference")),

@@ -47,7 +47,7 @@ def _panel(place: Axes, curves: Curves) -> None:
         return
     places = sorted({value for x, _ in curves.values() for value in x})
     place.xaxis.set_major_locator(FixedLocator(places))
-    place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     place.xaxis.set_minor_locator(NullLocator())
     low, high = place.get_ylim()
     if high < 10 * low:  # a decade at least: what differs by little looks so
@@ -94,6 +94,18 @@ def _accuracy(rows: Rows) -> Drawing:
     return panels, ("tokens a chunk",), "relative error"
 
 
+def _structure(rows: Rows) -> Drawing:
+    panels: Panels = {}
+    for panel in dict.fromkeys(row["property"].split(",")[0] for row in rows):
+        some = [row for row in rows if row["property"].startswith(panel)]
+        panels[panel] = curves(some, "property", "size", "error")
+    return panels, ("pieces", "tokens", "tokens", "|tr ω|"), "relative error"
+
+
+def _signatures(rows: Rows) -> Drawing:
+    return {"two straight lines": curves(rows, "route", "steps", "error")}, ("cells a side",), "relative error"
+
+
 def _convergence(rows: Rows) -> Drawing:
     return {"a driver that turns": curves(rows, "scheme", "steps", "error")}, ("steps",), "relative error"
 
@@ -115,9 +127,11 @@ def _aggregation(rows: Rows) -> Drawing:
 
 
 PLOTS: dict[str, Callable[[Rows], Drawing]] = {
+    "structure": _structure,
     "equivalence": _equivalence,
     "complexity": _complexity,
     "accuracy": _accuracy,
+    "signatures": _signatures,
     "convergence": _convergence,
     "runtime": _runtime,
     "aggregation": _aggregation,

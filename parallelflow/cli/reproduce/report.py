@@ -21,6 +21,11 @@ def failures(held: dict[str, Any]) -> list[str]:
             for name, error in errors.items()
             if error is not None and not error <= allowed
         ]
+    missed += [
+        f"structure: {row['property']} at {row['size']:g}: {row['error']:.1e}"
+        for row in _rows(held, "structure")
+        if row["property"] != "exponential, minus" and not row["error"] <= AGREEMENT
+    ]
     return missed + [
         f"convergence: {scheme} is of order {measured:.2f}, expected {expected}"
         for scheme, (expected, measured) in orders(_rows(held, "convergence")).items()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from parallelflow.cli.reproduce.structure import ROWS
 from parallelflow.cli.reproduce.turning import ORDERS
 
 Rows = list[dict[str, Any]]
@@ -17,6 +18,43 @@ AGREEMENT = 1e-10
 """The largest error at which float64 results count as the recurrence's."""
 ORDER = 0.15
 """How far a measured order may be from the scheme's, and an exponent of growth from the claimed one."""
+
+
+def _structure(rows: Rows) -> list[Verdict]:
+    worst = {name: max(r["error"] for r in rows if r["property"] == name) for name in names(rows, "property")}
+    least = min(row["error"] for row in rows if row["property"] == "exponential, minus")
+    ranks = {row["size"]: row["rank"] for row in rows if row["property"] == "low rank"}
+    plus = worst["exponential, plus"]
+    return [
+        ("flows compose: Chen's relation, at any cuts", _said(worst["composition"] <= AGREEMENT),
+         f"float64: {worst['composition']:.0e}"),
+        ("the transition of t tokens is a decay and a rank of t·R",
+         _said(worst["low rank"] <= AGREEMENT and all(rank == size * ROWS for size, rank in ranks.items())),
+         f"R = {ROWS}: ranks {listed(ranks.values())} after {listed(ranks)} tokens"),
+        ("the adjoint of a flow is its transpose", _said(worst["adjoint"] <= AGREEMENT),
+         f"float64: {worst['adjoint']:.0e}"),
+        ("a step of rank 1 is one factor of a product of exponentials",
+         _said(plus <= AGREEMENT < least, "holds, with a plus sign"),
+         f"I + ((e^tr - 1)/tr) ω is e^ω to {plus:.0e}; with a minus it is off by {least:.1f} and more"),
+    ]  # fmt: skip
+
+
+def _signatures(rows: Rows) -> list[Verdict]:
+    kernels: dict[int, list[float]] = {}
+    for row in rows:
+        kernels.setdefault(row["steps"], []).append(row["kernel"])
+    apart = max(max(found) / min(found) - 1 for found in kernels.values())
+    before, last = sorted(kernels)[-2:]
+    errors = {row["steps"]: row["error"] for row in rows if row["route"] == "sigdelta"}
+    order = math.log(errors[before] / errors[last]) / math.log(last / before)
+    return [
+        (
+            "what solves a chunk solves a signature kernel's equation",
+            _said(apart <= AGREEMENT and abs(order - 1) <= ORDER),
+            f"stencil, triangular system and flow agree to {apart:.0e}; of order {order:.2f} to a Bessel function, the "
+            "kernel of two straight lines",
+        )
+    ]
 
 
 def _equivalence(rows: Rows) -> list[Verdict]:
@@ -120,7 +158,7 @@ def _convergence(rows: Rows) -> list[Verdict]:
 
 def _runtime(rows: Rows) -> list[Verdict]:
     verdicts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
+    for device in names(rows, "device"):
         here = {(r["solver"], r["rows"], r["chunk"]): r["milliseconds"] for r in rows if r["device"] == device}
         best = {key[1:]: min(here[solver, *key[1:]] for solver in {k[0] for k in here}) for key in here}
         slower = [here["sigdelta", *size] / time for size, time in best.items()]
@@ -143,7 +181,7 @@ def _aggregation(rows: Rows) -> list[Verdict]:
             f"float32: at most {worst:.0e} from carrying the state",
         )
     ]
-    for device in dict.fromkeys(row["device"] for row in rows):
+    for device in names(rows, "device"):
         length = max(row["length"] for row in rows)
         time = {r["aggregate"]: r["milliseconds"] for r in rows if (r["device"], r["length"]) == (device, length)}
         ratio = time["sequential"] / time["associative"]
@@ -160,11 +198,20 @@ def _aggregation(rows: Rows) -> list[Verdict]:
 def orders(rows: Rows) -> dict[str, tuple[int, float]]:
     """Of each scheme: the order that it should have, and the one between the fewest and the most steps."""
     found = {}
-    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+    for scheme in names(rows, "scheme"):
         errors = {row["steps"]: row["error"] for row in rows if row["scheme"] == scheme}
         few, many = min(errors), max(errors)
         found[scheme] = ORDERS[scheme], math.log(errors[few] / errors[many]) / math.log(many / few)
     return found
+
+
+def listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def names(rows: Rows, key: str) -> list[Any]:
+    """The values of ``key``, in order, each once."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def growth(rows: Rows, solver: str, quantity: str, over: str) -> float:
@@ -182,9 +229,11 @@ def _said(holds: bool, how: str = "holds") -> str:
 
 
 VERDICTS: dict[str, Callable[[Rows], list[Verdict]]] = {
+    "structure": _structure,
     "equivalence": _equivalence,
     "complexity": _complexity,
     "accuracy": _accuracy,
+    "signatures": _signatures,
     "convergence": _convergence,
     "runtime": _runtime,
     "aggregation": _aggregation,
