@@ -121,3 +121,25 @@ def test_the_theory_quotes_the_report():
             if (row["inverse"], row["keys"], row["dtype"], row["chunk"]) == (inverse, "random", "float32", 256)
         )
         assert f"{worst:.1e}" in text
+
+
+def test_the_page_on_solvers_quotes_the_report():
+    results = ROOT / "docs" / "results" / "reproduce"
+    counts, errors = (
+        json.loads((results / f"{part}.json").read_text(encoding="utf-8"))["rows"]
+        for part in ("complexity", "accuracy")
+    )
+    text = (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")
+    for solver in ("tensor_inverse", "substitution", "sequential", "sigdelta"):
+        operations = next(
+            row["operations"] for row in counts if (row["solver"], row["rows"], row["chunk"]) == (solver, 1, 64)
+        )
+        worst = [
+            max(
+                row["error"]
+                for row in errors
+                if (row["inverse"], row["dtype"], row["chunk"], row["keys"]) == (solver, "float32", 64, keys)
+            )
+            for keys in ("random", "correlated")
+        ]
+        assert f"| `{solver}` | {operations / 1e6:.2f} | {worst[0]:.1e} | {worst[1]:.1e} |" in text

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from parallelflow.cli import app
-from parallelflow.cli.reproduce import parts, report, store, verdicts
+from parallelflow.cli.reproduce import command, parts, plots, report, store, verdicts
 from parallelflow.cli.reproduce.counting import Counter, count
 from parallelflow.cli.reproduce.inverses import neumann_doubling
 from parallelflow.cli.reproduce.memory import peak
@@ -264,6 +264,12 @@ def test_verdicts_are_those_of_the_figures():
         for solver, time in (("tensor_inverse", 2.0), ("sigdelta", sigdelta))
     ]
     assert [verdict("runtime", 0, timed(time)) for time in (4.0, 1.0)] == ["does not hold", "holds"]
+
+
+def test_every_part_can_be_asked_for_and_is_told_of():
+    assert [part.value for part in command.Part] == list(parts.PARTS)
+    for table in (report.SECTIONS, verdicts.VERDICTS, plots.PLOTS):
+        assert list(table) == list(parts.PARTS)
 
 
 def test_a_folder_that_is_a_file(tmp_path):
