@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -55,6 +56,25 @@ def test_counts_of_the_solvers(chunk, rows):
     assert found["sequential"].serial == rows * chunk * (chunk - 1) // 2 + chunk - 1
     assert found["sigdelta"].stages == 3 * (2 * chunk - 3) - 3
     assert found["sigdelta"].operations > found["substitution"].operations
+
+
+@pytest.mark.parametrize(("chunk", "rows"), [(64, 1), (32, 4)])
+def test_counts_are_those_that_the_theory_states(chunk, rows):
+    """The table of docs/theory.md, section 4, whose leading terms are within 5 % of what runs at these sizes."""
+    columns, size = 64, chunk * rows
+    gram, right = chunk_system(chunk, rows, columns)
+    found = {name: count(lambda s=solver: s(gram, rows).solve(right)) for name, solver in SOLVERS.items()}
+    products = chunk * (chunk - 1) * rows**2 * columns
+    stated = {
+        "sequential": products,
+        "substitution": products + chunk**2 * rows * columns / 2,
+        "tensor_inverse": 2 * size**3 / 3 + 2 * size**2 * columns,
+        "sigdelta": (1 + 3 / (2 * rows)) * products,
+    }
+    for name, operations in stated.items():
+        assert found[name].operations == pytest.approx(operations, rel=0.05), name
+    assert found["tensor_inverse"].stages == 32 + 2 * math.log2(size / 32)
+    assert found["sequential"].serial == pytest.approx(chunk**2 * rows / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 37])
