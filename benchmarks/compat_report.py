@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import report
+from benchmarks.tables import Result, Row, markdown, number, versions
 
 REFUSALS = {
     "Triton >= 3.4.0": "its gated backward refuses this Triton on Hopper",
@@ -12,9 +12,9 @@ REFUSALS = {
 }
 
 
-def compat_table(result: report.Result) -> str:
+def compat_table(result: Result) -> str:
     """A line a function: how many calls agree, and the errors of its worst output or state and its worst gradient."""
-    found: dict[str, list[report.Row]] = {}
+    found: dict[str, list[Row]] = {}
     for row in result["rows"]:
         found.setdefault(row["function"], []).append(row)
     header = ["function", "FLA", "calls that agree", "output or state", "FLA's", "gradient", "FLA's"]
@@ -31,16 +31,16 @@ def compat_table(result: report.Result) -> str:
     apart = [row for row in result["rows"] if row["agrees"] is not True]
     farther = sorted({row["gradient"]["of"] for row in apart if "gradient" in row})
     note = (
-        f"One {result['card']}, bfloat16, {sizes}, {report.versions(result)}; relative errors against float64, of the "
+        f"One {result['card']}, bfloat16, {sizes}, {versions(result)}; relative errors against float64, of the "
         f"call where this library is farthest beside FLA. {len(result['rows']) - len(apart)} of {len(result['rows'])} "
         "calls agree: each error is at most twice the larger of FLA's and of what rounding inputs and results to "
         "bfloat16 makes."
     )
     note += f" In the others it is {', '.join(farther)} that is farther from it." if apart else ""
-    return f"{note}\n\n{report.markdown(header, lines)}"
+    return f"{note}\n\n{markdown(header, lines)}"
 
 
-def _worst(rows: list[report.Row], part: str) -> list[str]:
+def _worst(rows: list[Row], part: str) -> list[str]:
     """This library's error and FLA's, where theirs compare worst."""
     parts = [row[part] for row in rows if part in row]
     if not parts:
@@ -50,9 +50,9 @@ def _worst(rows: list[report.Row], part: str) -> list[str]:
     return [f"{name} {worst['ours']:.1e}", f"{worst['fla']:.1e}"]
 
 
-def accelerate_table(result: report.Result) -> str:
+def accelerate_table(result: Result) -> str:
     """Transformers' models as they are and accelerated: milliseconds and ratios, layers and whole models."""
-    found: dict[tuple[str, str], dict[str, report.Row]] = {}
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in result["rows"]:
         found.setdefault((row["model"], row["part"]), {})[row["kind"]] = row
     kinds = ("prefill", "training step", "token")
@@ -65,13 +65,13 @@ def accelerate_table(result: report.Result) -> str:
             if row is None:
                 cells.append("–")
                 continue
-            theirs, ours = (report.number(row[f"{library}_ms"]) for library in ("transformers", "parallelflow"))
+            theirs, ours = (number(row[f"{library}_ms"]) for library in ("transformers", "parallelflow"))
             cells.append(f"{theirs} → {ours}, {row['ratio']:.2f} ×")
         lines.append([f"`{model}`", "a layer" if part == "layer" else "whole", *cells])
     farthest = max(row["difference"] for row in result["rows"])
     note = (
-        f"{result['cores']} cores, {report.versions(result)}, float32, random weights, one sequence of "
+        f"{result['cores']} cores, {versions(result)}, float32, random weights, one sequence of "
         f"{result['rows'][0]['time']} tokens: Transformers → accelerated; × is the median of pairs that take turns. "
         f"The models' logits differ by {farthest:.0e}."
     )
-    return f"{note}\n\n{report.markdown(header, lines)}"
+    return f"{note}\n\n{markdown(header, lines)}"

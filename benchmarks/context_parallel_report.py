@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.report import Result, Row, markdown, number, pyplot, versions
+from benchmarks.tables import Result, Row, markdown, number, pyplot, versions
 
 COMMAND = "torchrun --nproc-per-node 8 -m benchmarks.context_parallel --out benchmarks/results/context_parallel.json"
 MODES = {"total": "the same tokens on all", "per rank": "as many tokens on each"}

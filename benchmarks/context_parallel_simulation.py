@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
+from benchmarks.tables import pyplot
 from parallelflow.distributed import Context, exchange
 from parallelflow.flow import Flow
 
@@ -186,7 +187,7 @@ def injected() -> list[dict[str, Any]]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    plt = report.pyplot()
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
     styles = dict(zip(exchange.METHODS, ("C0", "C1", "C2"), strict=True))
     for kind, line in (("dense", "-"), ("diagonal", ":")):

@@ -16,15 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks.compat_report import accelerate_table, compat_table
+from benchmarks.context_parallel_report import context_plot, context_table
+from benchmarks.tables import Result, Row, markdown, number, pyplot, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DOCUMENTS = (README, ROOT / "docs" / "context_parallel.md", ROOT / "docs" / "coming_from_fla.md")
-
-Row = dict[str, Any]
-Result = dict[str, Any]
 
 PROBLEM = ("op", "batch", "time", "key_heads", "value_heads", "key_dim", "value_dim", "rank")
 OURS = "parallelflow"
@@ -35,22 +35,6 @@ def commit(named: str = "") -> str:
     """The commit that is measured: the one that is named, or the one that is checked out."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return named or subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-
-
-def versions(result: Result) -> str:
-    """What was measured with, in words."""
-    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-
-
-def pyplot() -> Any:
-    """Matplotlib's, drawing to files that are the same in every run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "parallelflow"
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def load(path: Path) -> Result:
@@ -79,19 +63,6 @@ def problems(result: Result) -> dict[tuple, dict[str, Row]]:
     for row in result["rows"]:
         found.setdefault(tuple(row[name] for name in PROBLEM), {})[row["library"]] = row
     return found
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table; all columns but the first two are numbers."""
-    rule = ["---" if place < 2 else "---:" for place in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def gpu_table(result: Result) -> str:
@@ -204,31 +175,13 @@ def decode_table(result: Result) -> str:
     return f"{note}\n\n{markdown(header, lines)}"
 
 
-def context_parallel_table(result: Result) -> str:
-    from benchmarks.context_parallel_report import context_table
-
-    return context_table(result)
-
-
-def compat_table(result: Result) -> str:
-    from benchmarks import compat_report
-
-    return compat_report.compat_table(result)
-
-
-def accelerate_table(result: Result) -> str:
-    from benchmarks import compat_report
-
-    return compat_report.accelerate_table(result)
-
-
 TABLES: dict[str, Callable[[Result], str]] = {
     "gpu": gpu_table,
     "cpu": cpu_table,
     "decode": decode_table,
-    "context_parallel": context_parallel_table,
     "compat": compat_table,
     "accelerate": accelerate_table,
+    "context_parallel": context_table,
 }
 """What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
 
@@ -301,16 +254,10 @@ def _lane(row: Row) -> tuple:
     return tuple(row[name] for name in PROBLEM if name not in ("op", "time"))
 
 
-def plot_context_parallel(result: Result, path: Path) -> None:
-    from benchmarks.context_parallel_report import context_plot
-
-    context_plot(result, path)
-
-
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "gpu": plot,
     "cpu": plot_cpu,
-    "context_parallel": plot_context_parallel,
+    "context_parallel": context_plot,
 }
 
 

@@ -1,5 +1,7 @@
 """The flow of an affine system: ``S_t = P S_s + H``, and how flows compose.
 
+P, H and the states are of one floating dtype: that in which states are computed, at least float32.
+
 Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 2.
 """
 

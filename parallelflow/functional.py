@@ -5,6 +5,10 @@ All take ``query, key [B, T, H, K]`` and ``value [B, T, HV, V]`` (HV a multiple 
 ``Options``: ``integrate``'s, and ``normalize_query_key``, which divides query and keys by their norm,
 ``x · rsqrt(Σ x² + 1e-6)``. Log-decays are natural and ≤ 0; -inf resets the state. The formulas below are Euler's steps
 of a continuous system; ``discretization`` takes others.
+
+Tensors are of one dtype, float64, float32, bfloat16 or float16, coefficients and log-decays of any of these; states
+and sums are in the widest that there is, at least float32. What does not fit raises a TypeError or ValueError that
+names the argument, what came and what is expected.
 """
 
 from __future__ import annotations
@@ -160,7 +164,7 @@ def gated_delta_rule_2(
     """``S_t = (I - k_t (b_t ⊙ k_t)ᵀ) diag(e^{g_t}) S_{t-1} + k_t (w_t ⊙ v_t)ᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     ``erase`` (b) ``[B, T, HV, K]``, ``write`` (w) ``[B, T, HV, V]``, ``log_decay [B, T, HV, K]``.
-    Source: Gated DeltaNet-2, as in flash-linear-attention 0.6.0.
+    Source: Gated DeltaNet-2, as implemented in flash-linear-attention 0.6.0.
     """
     check_layouts(
         query=(query, "B T H K"),
@@ -270,7 +274,7 @@ def rwkv7(
 def longhorn(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """The delta rule with ``β / (1 + β‖k‖²)``; ``beta [B, T, HV]`` ≥ 0.
+    """``S_t = (I - β' k_t k_tᵀ) S_{t-1} + β' k_t v_tᵀ`` with ``β' = β / (1 + β‖k‖²)``; ``beta [B, T, HV]`` ≥ 0.
 
     Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
     """
@@ -284,7 +288,8 @@ def longhorn(
 def efla(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """The delta rule with ``(1 - e^{-β‖k‖²}) / ‖k‖²``, the exact flow; ``beta [B, T, HV]``.
+    """``S_t = (I - β' k_t k_tᵀ) S_{t-1} + β' k_t v_tᵀ`` with ``β' = (1 - e^{-β‖k‖²}) / ‖k‖²``, the exact flow of the
+    delta rule; ``beta [B, T, HV]``.
 
     Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
     """

@@ -2,7 +2,7 @@
 
 A chunk has *readers*, rows that see its entry state: the rows that read and, after them, the queries; and *writers*,
 rows whose values go into its exit state: the rows that read and, after them, those that only write. In the notation of
-THEORY, section 3, with u the values of the rows that only write:
+docs/theory.md, section 3, with u the values of the rows that only write:
 
     seen  = [Ā; Q ⊙ e^c] S_0                       the readers
     X     = T (U + seen_reads + G_lone u),         T = (I - G)⁻¹
@@ -10,7 +10,7 @@ THEORY, section 3, with u the values of the rows that only write:
     S_1   = Λ S_0 + B̂ᵀ [X; u]                      the writers
 
 ``gram`` is ``[[G, G_lone], [Cq]]``, how the readers see the writers. Turned around in time, with the two exchanged and
-the matrices transposed, the same equations carry the adjoints (THEORY, section 6).
+the matrices transposed, the same equations carry the adjoints (docs/theory.md, section 6).
 """
 
 from __future__ import annotations

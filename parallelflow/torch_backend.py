@@ -90,7 +90,7 @@ class Engine:
     def backward_window(
         self, inputs: Inputs, window: Window, entry: Tensor, d_output: Tensor, d_exit: Tensor
     ) -> tuple[Inputs, Tensor]:
-        """Gradients of one window's tokens and of its entry states (THEORY, section 6).
+        """Gradients of one window's tokens and of its entry states (docs/theory.md, section 6).
 
         ``d_output [B, T, HV, V]`` of the whole line, ``d_exit [pieces, HV, K, V]``.
         """

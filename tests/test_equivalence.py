@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 
 import pytest
@@ -25,6 +26,8 @@ from tests.cases import (
     by_name,
 )
 
+ORDER = ("query", "key", "value", "beta", "erase", "write", "log_decay")
+"""Of positional arguments; ``erase`` and ``write`` are the two β of Gated DeltaNet-2."""
 TINY = Sizes(batch=2, heads=1, value_heads=2, key_size=3, value_size=2)
 
 
@@ -114,12 +117,15 @@ def test_many_heads(model):
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=by_name)
 def test_positional_order(model):
-    """query, key, value, beta, log_decay, as far as a model has them; the other tensors are keyword-only."""
+    """query, key, value, beta, log_decay, as far as a model has them; the other tensors are keyword-only or a β."""
     inputs = model.inputs(TINY)
     function = getattr(pf, model.function)
-    keywords = {"comba": ("removal_key",), "rwkv7": ("read", "write")}.get(model.function, ())
-    positional = [x for name, x in inputs.items() if name not in keywords]
-    result = function(*positional, **{name: inputs[name] for name in keywords}, **model.options)
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
+    positional = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    assert positional == [name for name in ORDER if name in positional]
+    named = {name: x for name, x in inputs.items() if name in keywords}
+    result = function(*(inputs[name] for name in positional if name in inputs), **named, **model.options)
     assert_close(result.output, model.oracle(inputs).output)
 
 

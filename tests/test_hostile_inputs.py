@@ -312,7 +312,7 @@ def test_hard_data_all_in_bfloat16(model, kind):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", HOSTILE_KINDS)
 def test_hard_data_with_every_choice(kind, solver, aggregate):
-    """float32, every solver and aggregate; sigdelta, whose rounding grows with the chunk (THEORY), in bfloat16."""
+    """float32; in bfloat16 sigdelta, whose rounding grows with the chunk (docs/theory.md)."""
     dtype = torch.bfloat16 if solver == "sigdelta" else torch.float32
     names = ("gated_delta_rule", "kimi_delta_attention", "delta_product-3-scalar", "rwkv7")
     for model in (m for m in STRUCTURES if m.name in names):

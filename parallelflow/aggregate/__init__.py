@@ -1,7 +1,8 @@
 """Across chunks: the state at every chunk's entry.
 
 An aggregate is a function ``(recursion, lanes, initial, reverse) -> Trajectory``. The backward pass runs the same
-function on the adjoint recursion, from the last chunk to the first.
+function on the adjoint recursion, from the last chunk to the first. States ``[lanes, HV, K, V]`` are in the compute
+dtype: the widest of the inputs', at least float32.
 """
 
 from parallelflow.aggregate.associative import associative

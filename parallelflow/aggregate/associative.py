@@ -11,7 +11,11 @@ from parallelflow.lanes import Lanes
 
 def associative(recursion: Recursion, lanes: Lanes, initial: Tensor, reverse: bool = False) -> Trajectory:
     """Every chunk's flow at once, then an exclusive scan of them: 2 log2(chunks) stages, K³ a composition where P is
-    dense, K or 1 where it is not."""
+    dense, K or 1 where it is not. ``initial [lanes, HV, K, V]``.
+
+    Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 2; Blelloch 1990, *Prefix sums and their
+    applications*.
+    """
     flows = recursion.flows(initial)
     if not reverse:
         entries, final = entry_states(flows, lanes, initial)

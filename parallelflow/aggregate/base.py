@@ -37,14 +37,14 @@ class Recursion:
     keep: bool
 
     def step(self, state: Tensor, index: slice, owned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The state after the chunks at ``index``, what they write and what they say. A state that is ``owned`` is
-        given up: nobody else holds it."""
+        """The state ``[chunks, HV, K, V]`` after the chunks at ``index``, what they write and what they say.
+        A state that is ``owned`` is given up: nobody else holds it."""
         written, said = self.answers(state, index)
         decayed = self._decayed(state, index, owned and not torch.is_grad_enabled())
         return self.system.writers.at(index).apply_transposed(written, decayed), written, said
 
     def answers(self, entries: Tensor, index: slice) -> tuple[Tensor, Tensor | None]:
-        """What chunks write and say, their entry states known."""
+        """What chunks write and say, their entry states ``[chunks, HV, K, V]`` known."""
         readers = self.system.readers.at(index)
         return self.system.answer(readers.apply(entries) if readers.vectors.shape[2] else None, index)
 

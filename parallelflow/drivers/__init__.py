@@ -1,4 +1,8 @@
-"""Models as drivers: each names its tensors, and copies nothing."""
+"""Models as drivers: each names its tensors, and copies nothing.
+
+Tensors are of any floating dtype. What does not fit together raises a TypeError or ValueError, here for what a driver
+alone can tell and in ``integrate`` for the rest.
+"""
 
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.drivers.delta import delta_rule, efla, longhorn

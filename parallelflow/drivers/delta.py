@@ -18,7 +18,7 @@ def delta_rule(key: Tensor, value: Tensor, beta: Tensor) -> LowRankDriver:
 
 
 def longhorn(key: Tensor, value: Tensor, beta: Tensor) -> LowRankDriver:
-    """The delta rule with ``β / (1 + β‖k‖²)``: the implicit (backward Euler) step on ``‖Sᵀk - v‖²``.
+    """The delta rule with ``β' = β / (1 + β‖k‖²)``: the implicit (backward Euler) step on ``‖Sᵀk - v‖²``.
 
     ``key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta [B, T, HV]`` ≥ 0. The dense form with one β a head; the
     published model keeps only the diagonal of k kᵀ and one β a value channel.

@@ -1,5 +1,7 @@
 """Language models for Hugging Face Transformers: any pattern of layers, with ``generate``, Auto classes and all.
 
+Token ids and masks are integers, hidden states and logits have the parameters' dtype; what does not fit raises a
+TypeError or ValueError that names the argument.
 Importing this registers ``ParallelFlowConfig`` with ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``.
 """
 

@@ -1,6 +1,8 @@
 """Layers: a linear-attention model with its projections, short convolution, gates and norms, as published.
 
 All are called alike, with hidden states ``[B, T, D]``; see ``Layer``. ``LinearCDE`` takes times and observations.
+Hidden states have the parameters' dtype; decays and states are computed in at least float32. What does not fit raises a
+TypeError or ValueError that names the argument.
 """
 
 from parallelflow.nn.attention import KeysAndValues, SoftmaxAttention

@@ -27,6 +27,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """``hidden_states [..., D]`` to ``[..., D]``."""
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -50,6 +51,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(attn.hidden_size, intermediate_size)
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Any:
+        """``hidden_states [B, T, D]`` and the options of the layer, to what the layer returns."""
         mixed = self.attn(self.attn_norm(hidden_states), **options)
         hidden_states = hidden_states + mixed.output
         return mixed._replace(output=hidden_states + self.mlp(self.mlp_norm(hidden_states)))

@@ -3,6 +3,9 @@
 times, values → linear | hermite | rectilinear → Path → controlled(path, field) → DriverSource → integrate
                                                       → log_ode(path, field, windows) → LowRankDriver → integrate
                                                       → solve(controlled(…)): steps as fine as a tolerance asks
+
+Times and values are of any floating dtype; float64 keeps long clocks apart. What does not fit raises a TypeError or
+ValueError that names the argument.
 """
 
 from parallelflow.paths.adaptive import Refinement, Solution, refine, solve

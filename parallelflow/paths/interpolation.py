@@ -79,8 +79,9 @@ def linear(times: Tensor, values: Tensor) -> Path:
 def hermite(times: Tensor, values: Tensor) -> Path:
     """Cubic pieces with a continuous derivative, which at each observation is the slope that led there.
 
-    Arguments as for ``linear``, whose values it takes for missing ones. Where none is missing a piece depends on its
-    two ends and the observation before them (the first piece is straight), never on later ones.
+    ``times``, ``values [B, L, D]`` and errors as for ``linear``, whose values it takes for missing ones. Where none
+    is missing a piece depends on its two ends and the observation before them (the first piece is straight), never on
+    later ones.
     Source: Morrill, Kidger, Yang and Lyons 2021, *Neural controlled differential equations for online prediction
     tasks*, arXiv 2106.11028: cubic Hermite splines with backward differences.
     """
@@ -97,8 +98,9 @@ def hermite(times: Tensor, values: Tensor) -> Path:
 def rectilinear(times: Tensor, values: Tensor) -> Path:
     """Time first, values then: between observations the values hold while time passes, at each they jump.
 
-    Arguments as for ``linear``; a missing value is the last one observed, 0 before the first. Causal. The path's own
-    parameter is not time but counts half-steps, ``0 … 2L - 2``: observation l is at parameter 2l.
+    ``times``, ``values [B, L, D]`` and errors as for ``linear``; a missing value is the last one observed, 0 before
+    the first. Causal. The path's own parameter is not time but counts half-steps, ``0 … 2L - 2``: observation l is at
+    parameter 2l.
     Source: Morrill, Kidger, Yang and Lyons 2021, arXiv 2106.11028.
     """
     times, values = _checked(times, values)

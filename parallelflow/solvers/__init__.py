@@ -1,7 +1,9 @@
 """Inside a chunk: solving ``(I - G) X = Z`` for a strictly lower triangular ``G``.
 
 A solver is a function ``factor(gram, block) -> Factorisation``: what can be done once is done there, and the same
-factorisation serves the forward pass (``solve``), and the backward pass (``solve_transposed``).
+factorisation serves the forward pass (``solve``), and the backward pass (``solve_transposed``). ``gram [..., n, n]``
+and right sides ``[..., n, D]`` have one floating dtype, the factorisation's; ``block`` is R where the rows of a token
+are simultaneous, else 1.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Factorisation(ABC):
         """The factorisation of some of the chunks (an index of the first axis)."""
 
     def apply(self, right: Tensor) -> Tensor:
-        """``solve`` in ``dtype``, rounded to that of ``right``."""
+        """``solve`` in ``dtype``, rounded to that of ``right [..., n, D]``."""
         return self.solve(right.to(self.dtype)).to(right.dtype)
 
     def transposed(self) -> Factorisation:

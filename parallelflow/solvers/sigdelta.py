@@ -16,7 +16,7 @@ class sigdelta(Stepwise):
         F(m, k) = F(m-1, k) + F(m, k-1) - F(m-1, k-1) + (Γ_{k,m-1} - Γ_{k-1,m-1}) F(m-1, m-1),     k > m ≥ 1
 
     with ``Γ_{k,i}`` the ``block × block`` blocks of G. All cells of an anti-diagonal ``m + k`` are independent, so a
-    chunk of C tokens takes 2C - 3 stages. Source: Muca Cirone and Salvi, arXiv 2504.00492, section 4.
+    chunk of C tokens takes 2C - 3 stages. Source: Muca Cirone and Salvi, arXiv 2504.00492, section 3 (sigDelta).
     """
 
     @staticmethod

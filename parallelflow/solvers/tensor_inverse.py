@@ -16,7 +16,9 @@ class tensor_inverse(Factorisation):
     """``T = (I - G)⁻¹`` formed once, so that every solve is one product.
 
     Base blocks are inverted by substitution and merged: ``[[A, 0], [-G21, D]]⁻¹ = [[A⁻¹, 0], [D⁻¹ G21 A⁻¹, D⁻¹]]``.
-    Stable for correlated keys, unlike products of powers of G (THEORY, section 3).
+    Stable for correlated keys, unlike products of powers of G.
+    Source: Muca Cirone and Salvi, arXiv 2504.00492, section 3 (tensorInv); for R = 1 the WY form of Yang, Wang, Zhang,
+    Shen and Kim 2024, arXiv 2406.06484.
     """
 
     def __init__(self, gram: Tensor, block: int) -> None:

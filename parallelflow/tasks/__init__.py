@@ -1,7 +1,7 @@
 """State tracking and recall: sequences drawn at random, with labels that are exact.
 
 ``make_task(name)`` gives a ``Task``; ``task.draw(count, length, generator)`` gives tokens and labels
-``[count, length]``.
+``[count, length]``, int64. What does not fit raises a TypeError or ValueError that names the argument.
 """
 
 from parallelflow.tasks.base import IGNORED, Task

@@ -27,10 +27,11 @@ class Text(NamedTuple):
 
     @property
     def total(self) -> int:
+        """How many tokens there are."""
         return self.ends[-1]
 
     def read(self, start: int, count: int) -> Tensor:
-        """Tokens ``start`` to ``start + count``, int64."""
+        """Tokens ``start`` to ``start + count``: ``[count]``, int64. Raises a ValueError where a file has shrunk."""
         parts, index = [], bisect.bisect_right(self.ends, start)
         while count:
             first = self.ends[index - 1] if index else 0
@@ -45,8 +46,8 @@ class Text(NamedTuple):
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=kind).long()
 
     def batch(self, recipe: Recipe, stream: int, held_out: bool = False) -> Tensor:
-        """Random windows ``[batch, length + 1]``. They depend on the seed and on ``stream`` alone, so that a training
-        that goes on sees what it would have seen."""
+        """Random windows ``[batch, length + 1]``, int64. They depend on the seed and on ``stream`` alone, so that a
+        training that goes on sees what it would have seen."""
         cut = int(self.total * (1 - recipe.held_out))
         first, last = (cut, self.total) if held_out else (0, cut)
         generator = torch.Generator().manual_seed((recipe.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)

@@ -17,14 +17,16 @@ class Tokens(Protocol):
     name: str
     size: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        ...
 
     def decoder(self) -> Callable[[int], str]:
         """Takes a token after another and gives the text that each completes."""
         ...
 
 
-class Bytes:
+class Bytes(Tokens):
     """Every byte is a token."""
 
     name = "bytes"
@@ -38,7 +40,7 @@ class Bytes:
         return lambda token: decoder.decode(bytes([token]))
 
 
-class Tokenizer:
+class Tokenizer(Tokens):
     """A tokenizer file of the library ``tokenizers`` (``tokenizer.json``).
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.text import Text
 
 from parallelflow.cli.demo import agreement, plots, recurrences, state_tracking, training
 from parallelflow.cli.demo.corpus import STANDARD_LIBRARY, Corpus
+from parallelflow.cli.machine import machine
 
 Item = TypeVar("Item")
 
@@ -63,16 +63,6 @@ def run_demo(corpus: Corpus | None, directory: Path, *, parts: Iterable[str] = P
     if failures:
         raise DemoFailed("; ".join(failures))
     return results
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _progress(console: Console) -> Progress:

@@ -12,9 +12,11 @@ import typer
 class Part(StrEnum):
     """The parts of the reproduction."""
 
+    structure = "structure"
     equivalence = "equivalence"
     complexity = "complexity"
     accuracy = "accuracy"
+    signatures = "signatures"
     convergence = "convergence"
     runtime = "runtime"
     aggregation = "aggregation"

@@ -12,7 +12,7 @@ class neumann_doubling(Factorisation):
     """``(I - G)⁻¹ = (I + G)(I + G²)(I + G⁴)…``, exact in log2(n) products, because G is nilpotent.
 
     The powers of G grow as binomials for correlated keys, while the inverse does not: the terms cancel, and floating
-    point loses what they cancel to (THEORY, the inverse). Not a solver of the library.
+    point loses what they cancel to (docs/theory.md, section 3). Not a solver of the library.
     """
 
     def __init__(self, gram: Tensor, block: int) -> None:

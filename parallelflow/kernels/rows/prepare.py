@@ -1,6 +1,6 @@
 """What every chunk needs before the scans, for all chunks at once.
 
-With a, b, q the chunk's read, write and query rows, l the rows that only write, c the decay sums of THEORY, section 3:
+With a, b, q the chunk's read, write and query rows, l the rows that only write, c the decay sums of docs/theory.md:
 
     reads    a_p e^{r_p}       queries  scale q_t e^{c_t}       writes  b_q e^{c_C - c_q}       lone  l_q e^{c_C - c_q}
     gram     G[p, q] = 1(q precedes p) (a_p · b_q) e^{r_p - c_q},      lone_gram the same with l
