@@ -2,24 +2,31 @@
 
 What a model function does with its tensors, short of their numbers, follows from their shapes, strides, dtypes and
 devices and from its options. The first call of a kind goes all the way, with every check, and is watched: where it came
-to one launch of the kernel for short sequences, whose tensors are the arguments themselves, later ones make that
-launch with theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go
-all the way each time; so do those under autograd, function transforms, autocast and torch.compile.
+to one launch of a kernel for few tokens, whose tensors are the arguments themselves, later ones make that launch with
+theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go all the way
+each time; so do those under autograd, function transforms, autocast and torch.compile.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from parallelflow.autograd import nothing_to_record
 from parallelflow.checks import Memory
 from parallelflow.integrate import Result
-from parallelflow.kernels import serving
+from parallelflow.kernels import watch
+
+try:  # what torch.compile tells by that a graph fits: one call for all tensors, where Python takes ten times as long
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # then no call is remembered
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,69 +34,107 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Launch(NamedTuple):
-    """One launch with other tensors: for each of the kernel's, its place among the arguments, or -1 for none."""
+    """One launch with other tensors. ``output`` and ``final`` show what is made anew, without memory of their own;
+    the final state may be one of the arguments instead, by its place."""
 
-    plan: serving.Plan
-    places: tuple[int, ...]
-    output: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    in_place: bool
-    final: bool
+    again: watch.Again
+    output: Tensor
+    final: Tensor | int
+    returned: bool
 
-    def __call__(self, arguments: tuple) -> Result:
-        plan = self.plan
-        output = torch.empty(self.output, dtype=self.dtype, device=self.device)
-        tensors = [None if place < 0 else arguments[place] for place in self.places]
-        tensors[serving.OUTPUT] = output
-        if self.in_place:
-            final = tensors[serving.FINAL]
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
+        """None where the launch cannot be made."""
+        again, output, final, returned = self
+        output = torch.empty_like(output, memory_format=torch.contiguous_format)
+        if isinstance(final, int):
+            state, given = tensors[final], (*tensors, output)
         else:
-            final = tensors[serving.FINAL] = torch.empty(plan.final, dtype=torch.float32, device=self.device)
-        plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
-        if self.in_place:
-            assert final is not None
-            serving.note_change(final)
-        return Result(output, final if self.final else None)
+            state = torch.empty_like(final, memory_format=torch.contiguous_format)
+            given = (*tensors, output, state)
+        return Result(output, state if returned else None) if again(given) else None
+
+
+class Form:
+    """Calls with the same names of options and types of arguments: which are tensors, and what is known of those with
+    the same values of all others, the same first shape and the same grad mode."""
+
+    def __init__(self, arguments: tuple) -> None:
+        places = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        others = [place for place, argument in enumerate(arguments) if not isinstance(argument, Tensor)]
+        self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
+        self.tensors = itemgetter(*places) if self.usual else tuple
+        self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
+        self.known: Memory[list[tuple[Callable[..., bool], Launch]]] = Memory()
+
+
+def _nothing(arguments: tuple) -> tuple:
+    return ()
 
 
 class Calls:
     """A function's calls. ``function(arguments)`` is the whole way; the arguments are tensors and options."""
 
     def __init__(self) -> None:
-        self._launches: Memory[Launch | None] = Memory()
+        self._forms: dict[tuple, Form] = {}
 
     def __call__(self, function: Callable[[], Result], names: tuple[str, ...], arguments: tuple) -> Result:
-        """The result of ``function()``, whose arguments these are, by its launch where that is known."""
-        if torch.compiler.is_compiling():
+        """The result of ``function()``, whose arguments these are, the last ones the options of these names, by its
+        launch where that is known."""
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return function()
-        key = (names, *map(_kind, arguments))
-        launch = self._launches.recall(key)
-        if launch is not None:
-            if _usual(launch.device, arguments):
-                return launch(arguments)
+        kind = (names, *map(type, arguments))
+        form = self._forms.get(kind)
+        if form is None:
+            form = self._forms[kind] = Form(arguments)
+        if not form.usual:
             return function()
-        launches: list[serving.Launched] = []
-        token = serving.watched.set(launches)
+        tensors = form.tensors(arguments)
+        key = (torch.is_grad_enabled(), tensors[0].shape, *form.others(arguments))
+        known = form.known.recall(key)
+        if known is not None:
+            for fits, launch in known:
+                if fits(*tensors):
+                    result = launch(tensors)
+                    return function() if result is None else result
+        return self._watched(function, names, arguments, form, key)
+
+    @staticmethod
+    def _watched(
+        function: Callable[[], Result], names: tuple[str, ...], arguments: tuple, form: Form, key: tuple
+    ) -> Result:
+        """The whole way, remembered where it came to one launch."""
+        launches: list[watch.Launched] = []
+        token = watch.watched.set(launches)
         try:
             result = function()
         finally:
-            serving.watched.reset(token)
-        found = _launch(launches, arguments, result)
-        if found is not None and _usual(found.device, arguments):
-            options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-            if not _looks_at_numbers(options, found):
-                self._launches.keep(key, found)
+            watch.watched.reset(token)
+        if TensorGuards is None or len(launches) != 1:
+            return result
+        tensors = form.tensors(arguments)
+        options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
+        launch = _launch(launches[0], tensors, options, result)
+        if launch is not None:
+            fits = TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+            ).check
+            form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, launch)])
         return result
 
 
+MOST = 15
+"""Kinds of tensors that are kept, beside the newest, for the same options and first shape."""
+
+
 def remembered(model: Callable[P, R]) -> Callable[P, R]:
-    """The model function, whose calls on a store are remembered."""
+    """The model function, whose calls on a store or for one token are remembered."""
     calls = Calls()
 
     @functools.wraps(model)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        if not options.get("in_place") and options.get("state_indices") is None:
+        if not (options.get("in_place") or options.get("state_indices") is not None or _is_one_token(arguments)):
             return model(*arguments, **options)
         whole: Any = lambda: model(*arguments, **options)  # noqa: E731
         found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
@@ -98,56 +143,50 @@ def remembered(model: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _looks_at_numbers(options: dict[str, Any], launch: Launch) -> bool:
-    """Whether a call reads its tensors' numbers on the host: to check them, or to choose its way by boundaries."""
-    validate = options.get("validate")
-    checked = validate is not False and (validate is not None or launch.device.type == "cpu")
-    packed = options.get("cu_seqlens") is not None
-    bounds = packed and (launch.plan.time > serving.LONGEST or options.get("cu_seqlens_cpu") is not None)
-    return checked or bounds
+def _is_one_token(arguments: tuple) -> bool:
+    """Whether the query, if it came by its place, has one token a sequence."""
+    query = arguments[0] if arguments else None
+    return isinstance(query, Tensor) and query.ndim > 1 and query.shape[1] == 1
 
 
-def _kind(argument: Any) -> object:
-    """All of an argument that decides what is done with it, if it is a tensor; else its value and type."""
-    if isinstance(argument, Tensor):
-        return type(argument), argument.shape, argument.stride(), argument.dtype, argument.device
-    return type(argument), argument
-
-
-def _usual(device: torch.device, arguments: tuple) -> bool:
-    """Whether nothing but the arguments has a say: neither autograd nor a transform nor autocast."""
-    return not torch.is_autocast_enabled(device.type) and nothing_to_record(
-        [argument for argument in arguments if isinstance(argument, Tensor)]
-    )
-
-
-def _launch(launches: list[serving.Launched], arguments: tuple, result: Result) -> Launch | None:
-    """How to do it again: None unless one launch had the arguments for its tensors and made the result."""
-    if len(launches) != 1:
-        return None
-    plan, used = launches[0]
-    places: dict[int, int] = {}
-    for place, argument in enumerate(arguments):
-        if not isinstance(argument, Tensor):
-            continue
-        if type(argument) not in PLAIN or places.setdefault(argument.data_ptr(), place) != place:
-            return None
-    output, final = used[serving.OUTPUT], used[serving.FINAL]
+def _launch(launched: watch.Launched, tensors: tuple, options: dict[str, Any], result: Any) -> Launch | None:
+    """How to do it again: None unless the launch had the arguments, all of them, for its tensors and made the result,
+    and nothing but the arguments has a say, neither autograd nor a transform nor autocast."""
+    output, final = launched.tensors[launched.output], launched.tensors[launched.final]
     assert output is not None
     assert final is not None
-    if result.output.data_ptr() != output.data_ptr() or result.output.dtype != output.dtype:
+    device = output.device.type
+    if torch.is_autocast_enabled(device) or not nothing_to_record(tensors) or type(result) is not Result:
         return None
-    if result.final_state is not None and result.final_state.data_ptr() != final.data_ptr():
+    validate = options.get("validate")
+    checking = validate is not False and (validate is not None or device == "cpu")
+    if checking and not launched.checks:
         return None
-    in_place = final.data_ptr() in places
-    made = {serving.OUTPUT} if in_place else {serving.OUTPUT, serving.FINAL}
-    if not all(dense for _, dense in plan.slots):
+    places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
+    in_place = places.get(final.data_ptr())
+    if not _is(result.output, output) or (in_place is not None) != bool(options.get("in_place")):
         return None
-    where = tuple(
-        -1 if tensor is None or number in made else places.get(tensor.data_ptr(), -2)
-        for number, tensor in enumerate(used)
-    )
-    if -2 in where:
+    state = final if result.final_state is None else result.final_state
+    expected = state is final or (_is(state, final) if in_place is None else state is tensors[in_place])
+    if not expected:
         return None
-    returned = result.final_state is not None
-    return Launch(plan, where, tuple(result.output.shape), output.dtype, output.device, in_place, returned)
+    found = [-1 if tensor is None else places.get(tensor.data_ptr(), -2) for tensor in launched.tensors]
+    found[launched.output] = len(tensors)
+    if in_place is None:
+        found[launched.final] = len(tensors) + 1
+    if -2 in found or not set(range(len(tensors))) <= set(found):
+        return None
+    again = launched.settle(tuple(found), checking)
+    made = _shown(state) if in_place is None else in_place
+    return Launch(again, _shown(result.output), made, result.final_state is not None)
+
+
+def _is(result: Tensor, made: Tensor) -> bool:
+    """Whether a result is what a launch made, if in another shape."""
+    same = result.data_ptr() == made.data_ptr() and result.numel() == made.numel() and result.dtype == made.dtype
+    return same and result.is_contiguous()
+
+
+def _shown(tensor: Tensor) -> Tensor:
+    """Its shape, dtype and device."""
+    return tensor.new_empty(1).expand(tensor.shape)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Callable
 from functools import cache, reduce
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from parallelflow.checks import Memory
 from parallelflow.kernels.cpu.build import library
+from parallelflow.kernels.watch import Again, Launched, tell
 from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
 
 LARGEST_HEAD, MOST_ROWS = 512, 16
@@ -30,6 +33,8 @@ TYPES = {WIDE: 0, torch.bfloat16: 1, torch.float16: 2}
 SLOTS = len(Inputs._fields) - 1  # all but the initial state
 Field = tuple[int, ...]
 ABSENT: Field = (0,) * 9
+NO_LOG_DECAY = 2  # what source/flow.cpp returns where a log-decay is positive or NaN
+ADDRESSES = struct.Struct(f"@{SLOTS + 3}q")  # of the inputs, output and final state
 PROBLEM = struct.Struct(f"@{9 * (2 * SLOTS + 1) + 25}qd")  # struct Problem of source/problem.h, field by field
 
 
@@ -44,6 +49,7 @@ class _Layout(NamedTuple):
 
 
 _KNOWN: Memory[_Layout] = Memory()
+_address = Tensor.data_ptr
 
 
 def _layout(inputs: Inputs) -> _Layout:
@@ -87,14 +93,14 @@ class _Call:
         self.batch, self.time = inputs.query.shape[:2]
         self.sequences = self.batch if sequence_starts is None else len(sequence_starts) - 1
         self.threads = torch.get_num_threads()
-        self.kept: list[object] = []
+        self.kept: list[Tensor] = []
+        self.lists: list[object] = []
         self.given = list(arrays)
-        for slot in range(SLOTS):
-            tensor = inputs[slot]
+        self.tensors: list[Tensor | None] = list(inputs[:SLOTS])
+        for slot in strewn:
+            self.tensors[slot] = inputs[slot].contiguous()  # type: ignore[union-attr]
+        for slot, tensor in enumerate(self.tensors):
             if tensor is not None:
-                if slot in strewn:
-                    tensor = tensor.contiguous()
-                    self.kept.append(tensor)
                 self.given[9 * slot] = tensor.data_ptr()
 
     def array(self, tensor: Tensor, axis: int, part: int = 0) -> Field:
@@ -108,8 +114,7 @@ class _Call:
         """float32, contiguous."""
         if tensor is None:
             return 0
-        if tensor.dtype != WIDE or not tensor.is_contiguous():
-            tensor = tensor.float().contiguous()
+        tensor = _plain(tensor)
         self.kept.append(tensor)
         return tensor.data_ptr()
 
@@ -118,7 +123,7 @@ class _Call:
         if numbers is None:
             return 0
         found = array("q", numbers)
-        self.kept.append(found)
+        self.lists.append(found)
         return found.buffer_info()[0]
 
     @property
@@ -138,11 +143,17 @@ class _Call:
     def run(self, name: str, output: Tensor, *, final: Tensor | None = None, entries: Tensor | None = None,
             gradients: list[int] | None = None, d_initial: Tensor | None = None, parts: int = 1) -> None:  # fmt: skip
         """Raises MemoryError where a thread's workspace cannot be had."""
+        problem = self.problem(output, final, entries, gradients, d_initial, parts)
+        _succeed(getattr(library(), name)(problem))
+
+    def problem(self, output: Tensor, final: Tensor | None, entries: Tensor | None = None,
+                gradients: list[int] | None = None, d_initial: Tensor | None = None, parts: int = 1) -> bytes:  # fmt: skip
+        """``struct Problem`` of source/problem.h."""
         inputs, traits, (heads, value_heads, key_dim, value_dim, _) = self.inputs, self.traits, self.sizes
         before = None
         if traits.sequential and traits.lone_positions:
             before = [sum(lone < place for lone in traits.lone_positions) for place in traits.positions]
-        problem = PROBLEM.pack(
+        return PROBLEM.pack(
             *self.given, *self.array(output, 2), *(gradients or ABSENT * SLOTS),
             self.numbers(inputs.initial_state), self.numbers(final), self.numbers(d_initial), self.numbers(entries),
             self.integers(self.starts), self.integers(None if entries is None else self.windows), self.integers(before),
@@ -151,8 +162,6 @@ class _Call:
             traits.raw, traits.sequential, inputs.write is inputs.read, self.shared, parts, self.threads,
             key_dim**-0.5 if traits.scale is None else traits.scale,
         )  # fmt: skip
-        if getattr(library(), name)(problem):
-            raise MemoryError("parallelflow: no memory for the workspace of the CPU kernels")
 
     @property
     def shared(self) -> bool:
@@ -215,11 +224,49 @@ def backward(
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
     """Output [B, 1, HV, V] and state [B, HV, K, V] after one token (T = 1)."""
+    initial = inputs.initial_state
+    if initial is not None:
+        inputs = inputs._replace(initial_state=_plain(initial))
     call = _Call(inputs, traits, None)
     output = inputs.query.new_empty(call.batch, 1, call.sizes.value_heads, call.sizes.value_dim)
     final = call.states(call.batch)
-    call.run("parallelflow_step", output, final=final)
+    problem = call.problem(output, final)
+    _succeed(library().parallelflow_step(problem))
+    tensors = (*call.tensors, inputs.initial_state, output, final)
+    tell(lambda: Launched(tensors, SLOTS + 1, SLOTS + 2, True, _settle(problem, call.lists)))
     return output, final
+
+
+def _plain(numbers: Tensor) -> Tensor:
+    """In float32, contiguous."""
+    return numbers if numbers.dtype == WIDE and numbers.is_contiguous() else numbers.float().contiguous()
+
+
+def _settle(problem: bytes, lists: list[object]) -> Callable[[tuple[int, ...], bool], Again]:
+    """The step again (see ``Launched``); ``lists`` are what the problem points to beside its tensors."""
+
+    def settle(places: tuple[int, ...], checking: bool) -> Again:
+        given = max(places) + 1
+        order = itemgetter(*[given if place < 0 else place for place in places])
+        start, threads = library().parallelflow_step_again, torch.get_num_threads
+
+        def again(tensors: tuple[Tensor, ...]) -> bool:
+            addresses = ADDRESSES.pack(*order((*map(_address, tensors), 0)))
+            failed = start(problem, addresses, threads(), checking)
+            if failed == NO_LOG_DECAY:
+                return False
+            _succeed(failed)
+            return True
+
+        again.lists = lists  # type: ignore[attr-defined]
+        return again
+
+    return settle
+
+
+def _succeed(failed: int) -> None:
+    if failed:
+        raise MemoryError("parallelflow: no memory for the workspace of the CPU kernels")
 
 
 @cache

@@ -1,0 +1,38 @@
+"""Launches seen by whoever wants to make them again with other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from torch import Tensor
+
+Again = Callable[[tuple[Tensor, ...]], bool]
+"""A launch with other tensors of the same kinds; False, and nothing done, where it cannot be made."""
+
+
+class Launched(NamedTuple):
+    """One launch that was made: its tensors in its own order, and where among them those stand that it writes.
+
+    ``settle(places, checking)`` prepares it for other tensors: ``places`` has for each of its own the place among those
+    that will be given, all of which are used, or -1 for none; ``checking``: whether log-decays are looked at each time,
+    which not every launch can (``checks``).
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    output: int
+    final: int
+    checks: bool
+    settle: Callable[[tuple[int, ...], bool], Again]
+
+
+watched: ContextVar[list[Launched] | None] = ContextVar("watched", default=None)
+"""Where set, a list to which launches are added."""
+
+
+def tell(launched: Callable[[], Launched]) -> None:
+    """Adds a launch, if somebody watches."""
+    launches = watched.get()
+    if launches is not None:
+        launches.append(launched())
