@@ -2,9 +2,9 @@
 
 What a model function does with its tensors, short of their numbers, follows from their shapes, strides, dtypes and
 devices and from its options. The first call of a kind goes all the way, with every check, and is watched: where it came
-to one launch of a kernel for few tokens, whose tensors are the arguments themselves, later ones make that launch with
-theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go all the way
-each time; so do those under autograd, function transforms, autocast and torch.compile.
+to one launch, whose tensors are the arguments themselves, later ones make that launch with theirs. What is computed on
+the way (normalised keys, a model's own step) is no argument, and such calls go all the way each time; so do those under
+autograd, function transforms, autocast and torch.compile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from parallelflow.autograd import nothing_to_record
+from parallelflow.autograd import nothing_to_record, transformed
 from parallelflow.checks import Memory
 from parallelflow.integrate import Result
 from parallelflow.kernels import watch
@@ -35,18 +35,21 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 class Launch(NamedTuple):
     """One launch with other tensors. ``output`` and ``final`` show what is made anew, without memory of their own;
-    the final state may be one of the arguments instead, by its place."""
+    the final state may be one of the arguments instead, by its place, or not be made."""
 
     again: watch.Again
     output: Tensor
-    final: Tensor | int
+    final: Tensor | int | None
     returned: bool
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
         """None where the launch cannot be made."""
         again, output, final, returned = self
         output = torch.empty_like(output, memory_format=torch.contiguous_format)
-        if isinstance(final, int):
+        state: Tensor | None = None
+        if final is None:
+            given = (*tensors, output)
+        elif isinstance(final, int):
             state, given = tensors[final], (*tensors, output)
         else:
             state = torch.empty_like(final, memory_format=torch.contiguous_format)
@@ -64,7 +67,7 @@ class Form:
         self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
         self.tensors = itemgetter(*places) if self.usual else tuple
         self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
-        self.known: Memory[list[tuple[Callable[..., bool], Launch]]] = Memory()
+        self.known: Memory[list[tuple[Callable[..., bool], Launch | None]]] = Memory()
 
 
 def _nothing(arguments: tuple) -> tuple:
@@ -94,7 +97,7 @@ class Calls:
         if known is not None:
             for fits, launch in known:
                 if fits(*tensors):
-                    result = launch(tensors)
+                    result = None if launch is None else launch(tensors)
                     return function() if result is None else result
         return self._watched(function, names, arguments, form, key)
 
@@ -103,24 +106,23 @@ class Calls:
         function: Callable[[], Result], names: tuple[str, ...], arguments: tuple, form: Form, key: tuple
     ) -> Result:
         """The whole way, remembered where it came to one launch."""
+        if TensorGuards is None or transformed():
+            return function()
         launches: list[watch.Launched] = []
         token = watch.watched.set(launches)
         try:
             result = function()
         finally:
             watch.watched.reset(token)
-        if TensorGuards is None or len(launches) != 1:
-            return result
         tensors = form.tensors(arguments)
+        if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
+            return result  # one tensor twice: which is meant?
         options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-        launch = _launch(launches[0], tensors, options, result)
-        if launch is not None:
-            fits = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-            ).check
-            form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, launch)])
+        launch = _launch(launches[0], tensors, options, result) if len(launches) == 1 else None
+        shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+        fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+        form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, launch)])
         return result
 
 
@@ -129,13 +131,11 @@ MOST = 15
 
 
 def remembered(model: Callable[P, R]) -> Callable[P, R]:
-    """The model function, whose calls on a store or for one token are remembered."""
+    """The model function, whose calls are remembered."""
     calls = Calls()
 
     @functools.wraps(model)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        if not (options.get("in_place") or options.get("state_indices") is not None or _is_one_token(arguments)):
-            return model(*arguments, **options)
         whole: Any = lambda: model(*arguments, **options)  # noqa: E731
         found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
         return found
@@ -143,18 +143,11 @@ def remembered(model: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _is_one_token(arguments: tuple) -> bool:
-    """Whether the query, if it came by its place, has one token a sequence."""
-    query = arguments[0] if arguments else None
-    return isinstance(query, Tensor) and query.ndim > 1 and query.shape[1] == 1
-
-
 def _launch(launched: watch.Launched, tensors: tuple, options: dict[str, Any], result: Any) -> Launch | None:
     """How to do it again: None unless the launch had the arguments, all of them, for its tensors and made the result,
     and nothing but the arguments has a say, neither autograd nor a transform nor autocast."""
     output, final = launched.tensors[launched.output], launched.tensors[launched.final]
     assert output is not None
-    assert final is not None
     device = output.device.type
     if torch.is_autocast_enabled(device) or not nothing_to_record(tensors) or type(result) is not Result:
         return None
@@ -163,26 +156,29 @@ def _launch(launched: watch.Launched, tensors: tuple, options: dict[str, Any], r
     if checking and not launched.checks:
         return None
     places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
-    in_place = places.get(final.data_ptr())
+    in_place = None if final is None else places.get(final.data_ptr())
     if not _is(result.output, output) or (in_place is not None) != bool(options.get("in_place")):
         return None
-    state = final if result.final_state is None else result.final_state
-    expected = state is final or (_is(state, final) if in_place is None else state is tensors[in_place])
-    if not expected:
+    state = result.final_state
+    if state is not None and not (_is(state, final) if in_place is None else state is tensors[in_place]):
         return None
     found = [-1 if tensor is None else places.get(tensor.data_ptr(), -2) for tensor in launched.tensors]
     found[launched.output] = len(tensors)
-    if in_place is None:
+    if final is not None and in_place is None:
         found[launched.final] = len(tensors) + 1
     if -2 in found or not set(range(len(tensors))) <= set(found):
         return None
     again = launched.settle(tuple(found), checking)
-    made = _shown(state) if in_place is None else in_place
-    return Launch(again, _shown(result.output), made, result.final_state is not None)
+    made: Tensor | int | None = in_place
+    if final is not None and in_place is None:
+        made = _shown(final if state is None else state)
+    return Launch(again, _shown(result.output), made, state is not None)
 
 
-def _is(result: Tensor, made: Tensor) -> bool:
+def _is(result: Tensor, made: Tensor | None) -> bool:
     """Whether a result is what a launch made, if in another shape."""
+    if made is None:
+        return False
     same = result.data_ptr() == made.data_ptr() and result.numel() == made.numel() and result.dtype == made.dtype
     return same and result.is_contiguous()
 

@@ -379,7 +379,7 @@ def run(
     final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and final states, differentiable; None may stand for states that are not asked for."""
-    need = final_state or torch.compiler.is_compiling() or _transformed()
+    need = final_state or torch.compiler.is_compiling() or transformed()
     setting = Setting(traits, plan, sequence_starts, backend, batch_invariant=batch_invariant, final=need)
     setting = setting.with_ties(inputs)
     untied = setting.untied(inputs)
@@ -387,7 +387,7 @@ def run(
         output, final, _ = _integrate(*untied, cu_seqlens, *Code.of(setting))
     elif nothing_to_record(untied):
         output, final, _ = setting.forward(Inputs(*untied), keep=False)  # type: ignore[arg-type]
-    elif _transformed():
+    elif transformed():
         output, final, *_ = _Flow.apply(setting, *untied)
     else:
         output, final = _EagerFlow.apply(setting, *untied)
@@ -403,7 +403,7 @@ def advance(inputs: Inputs, traits: Traits, backend: str) -> tuple[Tensor, Tenso
     return step(inputs, traits)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a function transform or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
@@ -412,6 +412,6 @@ def _transformed() -> bool:
 
 def nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:
     """Whether neither autograd nor a function transform watches these tensors."""
-    if _transformed():
+    if transformed():
         return False
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))

@@ -73,10 +73,11 @@ static bool are_log_decays(const Problem& of) {
     return true;
 }
 
-// A step as before, with its tensors at other addresses: those of the inputs, of the initial state, the output, the
-// final state. Returns 2, and does nothing, if `checking` finds a positive log-decay or a NaN.
-extern "C" int parallelflow_step_again(const Problem* before, char* const* addresses, int threads, int checking) {
-    Problem problem = *before;
+// A pass as before, with its tensors at other addresses: those of the inputs, of the initial states, the output, the
+// final states. Returns 2, and does nothing, if `checking` finds a positive log-decay or a NaN.
+template <typename Pass>
+static int again(Pass pass, const Problem& before, char* const* addresses, int threads, int checking) {
+    Problem problem = before;
     Inputs& of = problem.of;
     for (Array* array : {&of.query, &of.read, &of.read_coefficient, &of.write, &of.value, &of.value_coefficient,
                          &of.lone_write, &of.lone_value, &of.lone_coefficient, &of.log_decay})
@@ -85,8 +86,15 @@ extern "C" int parallelflow_step_again(const Problem* before, char* const* addre
     problem.output.at = *addresses++;
     problem.final = (float*)*addresses;
     problem.threads = threads;
-    if (checking && !are_log_decays(problem)) return 2;
-    return parallelflow_step(&problem);
+    return checking && !are_log_decays(problem) ? 2 : pass(&problem);
+}
+
+extern "C" int parallelflow_forward_again(const Problem* before, char* const* addresses, int threads, int checking) {
+    return again(parallelflow_forward, *before, addresses, threads, checking);
+}
+
+extern "C" int parallelflow_step_again(const Problem* before, char* const* addresses, int threads, int checking) {
+    return again(parallelflow_step, *before, addresses, threads, checking);
 }
 
 extern "C" int parallelflow_window(long reads, long lone) { return WINDOW * chunk_of(reads, lone); }
