@@ -2,9 +2,9 @@
 
 What a model function does with its tensors, short of their numbers, follows from their shapes, strides, dtypes and
 devices and from its options. The first call of a kind goes all the way, with every check, and is watched: where it came
-to one launch, whose tensors are the arguments themselves, later ones make that launch with theirs. What is computed on
-the way (normalised keys, a model's own step) is no argument, and such calls go all the way each time; so do those under
-autograd, function transforms, autocast and torch.compile.
+to one launch, or to one differentiable operation, whose tensors are the arguments themselves, later ones do that with
+theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go all the way
+each time; so do those under function transforms, autocast and torch.compile.
 """
 
 from __future__ import annotations
@@ -57,6 +57,20 @@ class Launch(NamedTuple):
         return Result(output, state if returned else None) if again(given) else None
 
 
+class Application(NamedTuple):
+    """One differentiable operation on other tensors; ``order`` picks its own from the arguments and a None."""
+
+    function: Any
+    setting: Any
+    order: Callable[[tuple], tuple]
+    returned: bool
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result:
+        function, setting, order, returned = self
+        output, final = function.apply(setting, *order((*tensors, None)))
+        return Result(output, final if returned else None)
+
+
 class Form:
     """Calls with the same names of options and types of arguments: which are tensors, and what is known of those with
     the same values of all others, the same first shape and the same grad mode."""
@@ -67,7 +81,7 @@ class Form:
         self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
         self.tensors = itemgetter(*places) if self.usual else tuple
         self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
-        self.known: Memory[list[tuple[Callable[..., bool], Launch | None]]] = Memory()
+        self.known: Memory[list[tuple[Callable[..., bool], Launch | Application | None]]] = Memory()
 
 
 def _nothing(arguments: tuple) -> tuple:
@@ -108,8 +122,8 @@ class Calls:
         """The whole way, remembered where it came to one launch."""
         if TensorGuards is None or transformed():
             return function()
-        launches: list[watch.Launched] = []
-        token = watch.watched.set(launches)
+        seen: list[watch.Launched | watch.Applied] = []
+        token = watch.watched.set(seen)
         try:
             result = function()
         finally:
@@ -118,7 +132,7 @@ class Calls:
         if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
             return result  # one tensor twice: which is meant?
         options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-        launch = _launch(launches[0], tensors, options, result) if len(launches) == 1 else None
+        launch = _way(seen[0], tensors, options, result) if len(seen) == 1 else None
         shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
@@ -143,17 +157,38 @@ def remembered(model: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _launch(launched: watch.Launched, tensors: tuple, options: dict[str, Any], result: Any) -> Launch | None:
-    """How to do it again: None unless the launch had the arguments, all of them, for its tensors and made the result,
-    and nothing but the arguments has a say, neither autograd nor a transform nor autocast."""
-    output, final = launched.tensors[launched.output], launched.tensors[launched.final]
-    assert output is not None
-    device = output.device.type
-    if torch.is_autocast_enabled(device) or not nothing_to_record(tensors) or type(result) is not Result:
+def _way(
+    seen: watch.Launched | watch.Applied, tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any
+) -> Launch | Application | None:
+    """How to do it again: None unless what was seen had the arguments, all of them, for its tensors and made the
+    result, and nothing but the arguments has a say, neither a transform nor autocast."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) or type(result) is not Result:
         return None
     validate = options.get("validate")
     checking = validate is not False and (validate is not None or device == "cpu")
-    if checking and not launched.checks:
+    if isinstance(seen, watch.Launched):
+        return _launch(seen, tensors, options, result, checking)
+    return None if checking else _application(seen, tensors, result)
+
+
+def _application(applied: watch.Applied, tensors: tuple[Tensor, ...], result: Result) -> Application | None:
+    """Only of the arguments themselves: a gradient goes through their views."""
+    if result.output is not applied.output or not (result.final_state is None or result.final_state is applied.final):
+        return None
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    found = [len(tensors) if tensor is None else places.get(id(tensor), -1) for tensor in applied.tensors]
+    if -1 in found or not set(range(len(tensors))) <= set(found):
+        return None
+    return Application(applied.function, applied.setting, itemgetter(*found), result.final_state is not None)
+
+
+def _launch(
+    launched: watch.Launched, tensors: tuple[Tensor, ...], options: dict[str, Any], result: Result, checking: bool
+) -> Launch | None:
+    output, final = launched.tensors[launched.output], launched.tensors[launched.final]
+    assert output is not None
+    if not nothing_to_record(tensors) or (checking and not launched.checks):
         return None
     places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
     in_place = None if final is None else places.get(final.data_ptr())

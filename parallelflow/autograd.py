@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallelflow import recurrence, torch_backend
+from parallelflow.kernels.watch import Applied, tell
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, carry_count
 
@@ -38,9 +39,9 @@ class Setting(NamedTuple):
     batch_invariant: bool = True
     final: bool = True
 
-    @torch.no_grad()
     def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from."""
+        """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from.
+        Here and in ``backward`` nothing is recorded: who calls has seen to that."""
         inputs = self.tied(untied)
         if self.backend == "torch":
             output, final, carries = self.plain(inputs)
@@ -55,7 +56,6 @@ class Setting(NamedTuple):
         """The torch backend's forward pass."""
         return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
 
-    @torch.no_grad()
     def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
         """Gradients of all that is passed through autograd; ``d_final`` None is zero."""
         inputs = self.tied(untied)
@@ -391,6 +391,7 @@ def run(
         output, final, *_ = _Flow.apply(setting, *untied)
     else:
         output, final = _EagerFlow.apply(setting, *untied)
+        tell(lambda: Applied(_EagerFlow, setting, untied, output, final))
     return output, final
 
 

@@ -58,7 +58,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
     output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
     workspace = _forward(schedule, given, output, final, scale)
-    if sequence_starts is None and cu_seqlens is None:
+    if sequence_starts is None and cu_seqlens is None and not save_for_backward:
         tell(
             lambda: Launched(
                 (*given, output, final), len(given), len(given) + 1, False, _settle(schedule, given, scale)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Again = Callable[[tuple[Tensor, ...]], bool]
@@ -27,12 +28,23 @@ class Launched(NamedTuple):
     settle: Callable[[tuple[int, ...], bool], Again]
 
 
-watched: ContextVar[list[Launched] | None] = ContextVar("watched", default=None)
-"""Where set, a list to which launches are added."""
+class Applied(NamedTuple):
+    """One differentiable operation that was applied: ``function.apply(setting, *tensors)`` gave output and final
+    state."""
+
+    function: type[torch.autograd.Function]
+    setting: Any
+    tensors: list[Tensor | None]
+    output: Tensor
+    final: Tensor | None
 
 
-def tell(launched: Callable[[], Launched]) -> None:
-    """Adds a launch, if somebody watches."""
-    launches = watched.get()
-    if launches is not None:
-        launches.append(launched())
+watched: ContextVar[list[Launched | Applied] | None] = ContextVar("watched", default=None)
+"""Where set, a list to which is added what happens."""
+
+
+def tell(seen: Callable[[], Launched | Applied]) -> None:
+    """Adds it, if somebody watches."""
+    found = watched.get()
+    if found is not None:
+        found.append(seen())
