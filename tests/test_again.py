@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from parallelflow.kernels.cpu import build
 from parallelflow.testing import Sizes
@@ -142,13 +143,16 @@ def test_a_store_is_written_each_time(returned):
         assert_same([store], [expected])
 
 
-def test_sequences_of_other_lengths_are_other_sequences():
+@pytest.mark.parametrize("recorded", [False, True])
+def test_sequences_of_other_lengths_are_other_sequences(recorded):
     """The same tensors' shapes, other boundaries."""
     inputs, _ = draw(DELTA, 0)
-    inputs = {name: x[:1] for name, x in inputs.items()}
+    inputs = {name: x[:1].clone().requires_grad_(recorded) for name, x in inputs.items()}
     for bounds in ([0, 5, 20], [0, 12, 20], [0, 5, 20]):
         options = {"cu_seqlens": torch.tensor(bounds), "return_final_state": True}
-        assert_same(DELTA(inputs, **options), DELTA(inputs, backend="torch", **options), 2e-5)
+        found = DELTA(inputs, validate=False, **options)
+        assert found.output.requires_grad == recorded
+        assert_same(found, DELTA(inputs, backend="torch", **options), 2e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -198,6 +202,11 @@ def test_who_has_a_gradient_is_seen():
             assert not DELTA(some, **options).output.requires_grad
         with torch.inference_mode():
             assert DELTA(some, **options).output.is_inference()
+    other = inputs | {"beta": inputs["beta"].clone().requires_grad_()}
+    for _ in range(2):
+        with torch.no_grad():
+            assert not DELTA(other, **options).output.requires_grad
+    assert DELTA(other, **options).output.requires_grad
     leaves = require_grad(inputs)
     for _ in range(2):
         (first,) = torch.autograd.grad(DELTA(leaves, **options).output.square().sum(), leaves["key"], create_graph=True)
@@ -216,5 +225,7 @@ def test_who_has_a_gradient_is_seen():
     with torch.autocast("cpu", torch.bfloat16):
         assert DELTA(leaves, **options).output.dtype == torch.bfloat16
     assert DELTA(leaves, **options).output.dtype == torch.float32
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(loss, (inputs["value"],), (inputs["value"],))
+    for _ in range(2):
+        DELTA(inputs, **options)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        DELTA(inputs | {"value": forward_ad.make_dual(inputs["value"], inputs["value"])}, **options)
