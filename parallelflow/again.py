@@ -28,6 +28,11 @@ try:  # what torch.compile tells by that a graph fits: one call for all tensors,
 except ImportError:  # then no call is remembered
     TensorGuards = None  # type: ignore[assignment, misc]
 
+SHAPES = 512
+"""First shapes, with options, that are kept for one form of call: each may hold a schedule of launches."""
+MOST = 15
+"""Kinds of tensors that are kept, beside the newest, for the same options and first shape."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -81,7 +86,7 @@ class Form:
         self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
         self.tensors = itemgetter(*places) if self.usual else tuple
         self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
-        self.known: Memory[list[tuple[Callable[..., bool], Launch | Application | None]]] = Memory()
+        self.known: Memory[list[tuple[Callable[..., bool], Launch | Application | None]]] = Memory(SHAPES)
 
 
 def _nothing(arguments: tuple) -> tuple:
@@ -138,10 +143,6 @@ class Calls:
         fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
         form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, launch)])
         return result
-
-
-MOST = 15
-"""Kinds of tensors that are kept, beside the newest, for the same options and first shape."""
 
 
 def remembered(model: Callable[P, R]) -> Callable[P, R]:

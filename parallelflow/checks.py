@@ -24,10 +24,11 @@ def fingerprint(*tensors: Tensor | None) -> list[object]:
 
 
 class Memory(Generic[T]):
-    """What was found for a few thousand keys; what cannot be hashed (sizes that are symbols) is not remembered."""
+    """What was found for so many keys; what cannot be hashed (sizes that are symbols) is not remembered."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: int = 4096) -> None:
         self._found: dict[object, T] = {}
+        self._keys = keys
 
     def recall(self, key: object) -> T | None:
         """What was kept for this key."""
@@ -38,7 +39,7 @@ class Memory(Generic[T]):
 
     def keep(self, key: object, found: T) -> None:
         """To be recalled."""
-        if len(self._found) >= 4096:
+        if len(self._found) >= self._keys:
             self._found.clear()
         with suppress(TypeError):
             self._found[key] = found
