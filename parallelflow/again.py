@@ -2,9 +2,9 @@
 
 What a model function does with its tensors, short of their numbers, follows from their shapes, strides, dtypes and
 devices and from its options. The first call of a kind goes all the way, with every check, and is watched: where it came
-to one launch, or to one differentiable operation, whose tensors are the arguments themselves, later ones do that with
-theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go all the way
-each time; so do those under function transforms, autocast and torch.compile.
+to one launch, or to one differentiable operation, whose tensors are the arguments themselves or their normalised
+vectors, later ones do that with theirs. What else is computed on the way (a model's own step) is no argument, and such
+calls go all the way each time; so do those under function transforms, autocast and torch.compile.
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ class Launch(NamedTuple):
         return Result(output, state if returned else None) if again(given) else None
 
 
+class Prepared(NamedTuple):
+    """Tensors made of some of the arguments (``function``, place), then a launch or an operation on all of them."""
+
+    derived: list[tuple[Callable[[Tensor], Tensor], int]]
+    way: Launch | Application
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
+        derived, way = self
+        return way((*tensors, *[function(tensors[place]) for function, place in derived]))
+
+
 class Application(NamedTuple):
     """One differentiable operation on other tensors; ``order`` picks its own from the arguments and a None."""
 
@@ -76,6 +87,9 @@ class Application(NamedTuple):
         return Result(output, final if returned else None)
 
 
+Way = Launch | Application | Prepared
+
+
 class Form:
     """Calls with the same names of options and types of arguments: which are tensors, and what is known of those with
     the same values of all others, the same first shape and the same grad mode."""
@@ -86,7 +100,7 @@ class Form:
         self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
         self.tensors = itemgetter(*places) if self.usual else tuple
         self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
-        self.known: Memory[list[tuple[Callable[..., bool], Launch | Application | None]]] = Memory(SHAPES)
+        self.known: Memory[list[tuple[Callable[..., bool], Way | None]]] = Memory(SHAPES)
 
 
 def _nothing(arguments: tuple) -> tuple:
@@ -114,9 +128,9 @@ class Calls:
         key = (torch.is_grad_enabled(), tensors[0].shape, *form.others(arguments))
         known = form.known.recall(key)
         if known is not None:
-            for fits, launch in known:
+            for fits, way in known:
                 if fits(*tensors):
-                    result = None if launch is None else launch(tensors)
+                    result = None if way is None else way(tensors)
                     return function() if result is None else result
         return self._watched(function, names, arguments, form, key)
 
@@ -127,7 +141,7 @@ class Calls:
         """The whole way, remembered where it came to one launch."""
         if TensorGuards is None or transformed():
             return function()
-        seen: list[watch.Launched | watch.Applied] = []
+        seen: list[watch.Seen] = []
         token = watch.watched.set(seen)
         try:
             result = function()
@@ -137,11 +151,11 @@ class Calls:
         if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
             return result  # one tensor twice: which is meant?
         options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-        launch = _way(seen[0], tensors, options, result) if len(seen) == 1 else None
+        way = _way(seen, tensors, options, result)
         shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-        form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, launch)])
+        form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, way)])
         return result
 
 
@@ -158,55 +172,86 @@ def remembered(model: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _way(
-    seen: watch.Launched | watch.Applied, tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any
-) -> Launch | Application | None:
-    """How to do it again: None unless what was seen had the arguments, all of them, for its tensors and made the
-    result, and nothing but the arguments has a say, neither a transform nor autocast."""
+def _way(seen: list[watch.Seen], tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any) -> Way | None:
+    """How to do it again: None unless one launch or operation was seen, which had for its tensors the arguments and
+    what was derived of them, used all of them and made the result, and nothing but the arguments has a say, neither a
+    transform nor autocast."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device) or type(result) is not Result:
+    derived = [each for each in seen if isinstance(each, watch.Derived)]
+    others = [each for each in seen if not isinstance(each, watch.Derived)]
+    if len(others) != 1 or torch.is_autocast_enabled(device) or type(result) is not Result:
         return None
+    (one,) = others
+    applied = isinstance(one, watch.Applied)
     validate = options.get("validate")
     checking = validate is not False and (validate is not None or device == "cpu")
-    if isinstance(seen, watch.Launched):
-        return _launch(seen, tensors, options, result, checking)
-    return None if checking else _application(seen, tensors, result)
+    if checking and not (isinstance(one, watch.Launched) and one.checks):
+        return None
+    known: dict[Any, int] = {_mark(tensor, applied): place for place, tensor in enumerate(tensors)}
+    sources = [known.get(_mark(each.source, applied), -1) for each in derived]
+    for each, place in zip(derived, sources, strict=True):
+        if place < 0 or each.source.numel() != tensors[place].numel() or not each.result.is_contiguous():
+            return None
+    known |= {_mark(each.result, applied): len(tensors) + number for number, each in enumerate(derived)}
+    count = len(tensors) + len(derived)
+    if len(known) < count:  # one tensor twice: which is meant?
+        return None
+    places = [-1 if tensor is None else known.get(_mark(tensor, applied), -2) for tensor in one.tensors]
+    in_place = bool(options.get("in_place"))
+    found: Launch | Application | None
+    if isinstance(one, watch.Launched):
+        found = _launch(one, places, count, in_place, checking, (*tensors, *[each.result for each in derived]), result)
+    else:
+        found = _application(one, places, count, result)
+    if found is None or not set(range(count)) <= {*places, *sources}:
+        return None
+    return (
+        Prepared([(each.function, place) for each, place in zip(derived, sources, strict=True)], found)
+        if derived
+        else found
+    )
 
 
-def _application(applied: watch.Applied, tensors: tuple[Tensor, ...], result: Result) -> Application | None:
-    """Only of the arguments themselves: a gradient goes through their views."""
-    if result.output is not applied.output or not (result.final_state is None or result.final_state is applied.final):
+def _mark(tensor: Tensor, applied: bool) -> int:
+    """What tells whether one tensor is another: its memory; where gradients are recorded, which go through views, that
+    it is the same object."""
+    return id(tensor) if applied else tensor.data_ptr()
+
+
+def _application(applied: watch.Applied, places: list[int], count: int, result: Result) -> Application | None:
+    if result.output is not applied.output or -2 in places:
         return None
-    places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    found = [len(tensors) if tensor is None else places.get(id(tensor), -1) for tensor in applied.tensors]
-    if -1 in found or not set(range(len(tensors))) <= set(found):
+    if not (result.final_state is None or result.final_state is applied.final):
         return None
-    return Application(applied.function, applied.setting, itemgetter(*found), result.final_state is not None)
+    order = itemgetter(*[count if place == -1 else place for place in places])
+    return Application(applied.function, applied.setting, order, result.final_state is not None)
 
 
 def _launch(
-    launched: watch.Launched, tensors: tuple[Tensor, ...], options: dict[str, Any], result: Result, checking: bool
+    launched: watch.Launched,
+    places: list[int],
+    count: int,
+    in_place: bool,
+    checking: bool,
+    tensors: tuple[Tensor, ...],
+    result: Result,
 ) -> Launch | None:
+    """``places`` of what is made anew are found here."""
     output, final = launched.tensors[launched.output], launched.tensors[launched.final]
     assert output is not None
-    if not nothing_to_record(tensors) or (checking and not launched.checks):
+    state, place = result.final_state, places[launched.final]
+    if not nothing_to_record(tensors) or not _is(result.output, output) or in_place != (place >= 0):
         return None
-    places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
-    in_place = None if final is None else places.get(final.data_ptr())
-    if not _is(result.output, output) or (in_place is not None) != bool(options.get("in_place")):
+    if state is not None and not (state is tensors[place] if in_place else _is(state, final)):
         return None
-    state = result.final_state
-    if state is not None and not (_is(state, final) if in_place is None else state is tensors[in_place]):
+    places[launched.output] = count
+    if final is not None and not in_place:
+        places[launched.final] = count + 1
+    if -2 in places:
         return None
-    found = [-1 if tensor is None else places.get(tensor.data_ptr(), -2) for tensor in launched.tensors]
-    found[launched.output] = len(tensors)
-    if final is not None and in_place is None:
-        found[launched.final] = len(tensors) + 1
-    if -2 in found or not set(range(len(tensors))) <= set(found):
-        return None
-    again = launched.settle(tuple(found), checking)
-    made: Tensor | int | None = in_place
-    if final is not None and in_place is None:
+    again = launched.settle(tuple(places), checking)
+    made: Tensor | int | None = place if in_place else None
+    if final is not None and not in_place:
         made = _shown(final if state is None else state)
     return Launch(again, _shown(result.output), made, state is not None)
 

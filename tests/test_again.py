@@ -43,20 +43,31 @@ def assert_same(found, wanted, allowed=2e-6):
         assert (got.double() - reference.double()).norm() <= allowed * reference.double().norm()
 
 
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_the_second_call_is_one_pass(model, whole):
+NORMALISED = [
+    (model, normalize) for model in MODELS for normalize in (False, True) if model.normalized or not normalize
+]
+CASES = pytest.mark.parametrize(
+    ("model", "normalize"), NORMALISED, ids=[f"{model.name}{'-unit' * unit}" for model, unit in NORMALISED]
+)
+
+
+@CASES
+def test_the_second_call_is_one_pass(model, normalize, whole):
     """A step, and many tokens at once."""
     computed = model.name in COMPUTED
+    options = {"normalize_query_key": True} if normalize else {}
     for seed in range(3):
         inputs, state = draw(model, seed)
         one = token(inputs, 3)
-        wanted = model.step(one, state=state, backend="torch")
-        many = model(inputs, initial_state=state, return_final_state=True, backend="torch")
+        wanted = model.step(one, state=state, backend="torch", **options)
+        options |= {"return_final_state": True}
+        many = model(inputs, initial_state=state, backend="torch", **options)
         whole.clear()
-        assert_same(model.step(one, state=state), wanted)
+        assert_same(model(inputs, initial_state=state, **options), many, 2e-5)
         assert len(whole) >= 1 if seed == 0 or computed else not whole
+        del options["return_final_state"]
         whole.clear()
-        assert_same(model(inputs, initial_state=state, return_final_state=True), many, 2e-5)
+        assert_same(model.step(one, state=state, **options), wanted)
         assert len(whole) >= 1 if seed == 0 or computed else not whole
 
 
@@ -178,13 +189,14 @@ def gradients_of(model, inputs, state, **options):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("model", MODELS, ids=by_name)
-def test_a_training_step_is_one_operation(model, backend, whole):
+@CASES
+def test_a_training_step_is_one_operation(model, normalize, backend, whole):
     inputs, state = draw(model, 0)
-    wanted = gradients_of(model, inputs, state, backend=backend)  # checked, and never remembered
+    options = {"backend": backend, **({"normalize_query_key": True} if normalize else {})}
+    wanted = gradients_of(model, inputs, state, **options)  # checked, and never remembered
     for number in range(3):
         whole.clear()
-        found = gradients_of(model, inputs, state, backend=backend, validate=False)
+        found = gradients_of(model, inputs, state, validate=False, **options)
         assert len(whole) >= 1 if number == 0 or model.name in (*COMPUTED, *VIEWS) else not whole
         assert_same(found, wanted, 0)
 

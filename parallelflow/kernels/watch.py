@@ -1,4 +1,4 @@
-"""Launches seen by whoever wants to make them again with other tensors."""
+"""What happens in a call, seen by whoever wants to do it again with other tensors."""
 
 from __future__ import annotations
 
@@ -39,11 +39,20 @@ class Applied(NamedTuple):
     final: Tensor | None
 
 
-watched: ContextVar[list[Launched | Applied] | None] = ContextVar("watched", default=None)
+class Derived(NamedTuple):
+    """A tensor made of another one on the way: ``result = function(source)``, whatever axes of size 1 it has."""
+
+    source: Tensor
+    result: Tensor
+    function: Callable[[Tensor], Tensor]
+
+
+Seen = Launched | Applied | Derived
+watched: ContextVar[list[Seen] | None] = ContextVar("watched", default=None)
 """Where set, a list to which is added what happens."""
 
 
-def tell(seen: Callable[[], Launched | Applied]) -> None:
+def tell(seen: Callable[[], Seen]) -> None:
     """Adds it, if somebody watches."""
     found = watched.get()
     if found is not None:

@@ -40,14 +40,19 @@ def step(model, inputs, state, **options):
     return model.step(inputs, state=state, backend="triton", validate=False, **options)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("in_place", "normalize"), [(True, False), (False, False), (True, True)], ids=["in place", "new", "unit vectors"]
+)
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
-def test_the_second_step_is_one_launch(model, in_place, forwards):
+def test_the_second_step_is_one_launch(model, in_place, normalize, forwards):
+    if normalize and not model.normalized:
+        pytest.skip("no key to normalise")
+    options = {"normalize_query_key": True} if normalize else {}
     for seed in range(3):
         inputs, state = draw(model, seed)
-        wanted = model.step(inputs, state=state, backend="torch")
+        wanted = model.step(inputs, state=state, backend="torch", **options)
         forwards.clear()
-        found = step(model, inputs, state, in_place=in_place)
+        found = step(model, inputs, state, in_place=in_place, **options)
         assert len(forwards) == (1 if seed == 0 or model.name in COMPUTED else 0)
         assert (found.final_state is state) == in_place
         for got, reference in zip(found, wanted, strict=True):
