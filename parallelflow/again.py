@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallelflow.autograd import nothing_to_record, transformed
-from parallelflow.checks import Memory
 from parallelflow.integrate import Result
 from parallelflow.kernels import watch
 
@@ -39,18 +38,21 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Launch(NamedTuple):
-    """One launch with other tensors. ``output`` and ``final`` show what is made anew, without memory of their own;
-    the final state may be one of the arguments instead, by its place, or not be made."""
+    """One launch with other tensors. ``output`` and ``final`` show what is made anew, without memory of their own; the
+    output may be like one of the arguments, by its place, and the final state be one of them, or not be made."""
 
     again: watch.Again
-    output: Tensor
+    output: Tensor | int
     final: Tensor | int | None
     returned: bool
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
         """None where the launch cannot be made."""
-        again, output, final, returned = self
-        output = torch.empty_like(output, memory_format=torch.contiguous_format)
+        again, like, final, returned = self
+        if isinstance(like, int):
+            output = torch.empty_like(tensors[like])  # a fifth less on the host than the other way
+        else:
+            output = torch.empty_like(like, memory_format=torch.contiguous_format)
         state: Tensor | None = None
         if final is None:
             given = (*tensors, output)
@@ -94,82 +96,67 @@ class Form:
     """Calls with the same names of options and types of arguments: which are tensors, and what is known of those with
     the same values of all others, the same first shape and the same grad mode."""
 
-    def __init__(self, arguments: tuple) -> None:
-        places = [place for place, argument in enumerate(arguments) if isinstance(argument, Tensor)]
-        others = [place for place, argument in enumerate(arguments) if not isinstance(argument, Tensor)]
-        self.usual = len(places) > 1 and all(type(arguments[place]) in PLAIN for place in places)
+    def __init__(self, values: tuple) -> None:
+        places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        others = [place for place, value in enumerate(values) if not isinstance(value, Tensor)]
+        self.usual = len(places) > 1 and all(type(values[place]) in PLAIN for place in places)
         self.tensors = itemgetter(*places) if self.usual else tuple
         self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
-        self.known: Memory[list[tuple[Callable[..., bool], Way | None]]] = Memory(SHAPES)
+        self.known: dict[tuple, list[tuple[Callable[..., bool], Way | None]]] = {}
 
 
-def _nothing(arguments: tuple) -> tuple:
+def _nothing(values: tuple) -> tuple:
     return ()
 
 
-class Calls:
-    """A function's calls. ``function(arguments)`` is the whole way; the arguments are tensors and options."""
-
-    def __init__(self) -> None:
-        self._forms: dict[tuple, Form] = {}
-
-    def __call__(self, function: Callable[[], Result], names: tuple[str, ...], arguments: tuple) -> Result:
-        """The result of ``function()``, whose arguments these are, the last ones the options of these names, by its
-        launch where that is known."""
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-            return function()
-        kind = (names, *map(type, arguments))
-        form = self._forms.get(kind)
-        if form is None:
-            form = self._forms[kind] = Form(arguments)
-        if not form.usual:
-            return function()
-        tensors = form.tensors(arguments)
-        key = (torch.is_grad_enabled(), tensors[0].shape, *form.others(arguments))
-        known = form.known.recall(key)
-        if known is not None:
-            for fits, way in known:
-                if fits(*tensors):
-                    result = None if way is None else way(tensors)
-                    return function() if result is None else result
-        return self._watched(function, names, arguments, form, key)
-
-    @staticmethod
-    def _watched(
-        function: Callable[[], Result], names: tuple[str, ...], arguments: tuple, form: Form, key: tuple
-    ) -> Result:
-        """The whole way, remembered where it came to one launch."""
-        if TensorGuards is None or transformed():
-            return function()
-        seen: list[watch.Seen] = []
-        token = watch.watched.set(seen)
-        try:
-            result = function()
-        finally:
-            watch.watched.reset(token)
-        tensors = form.tensors(arguments)
-        if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
-            return result  # one tensor twice: which is meant?
-        options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-        way = _way(seen, tensors, options, result)
-        shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
-        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-        fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-        form.known.keep(key, [*(form.known.recall(key) or ())[-MOST:], (fits, way)])
-        return result
-
-
 def remembered(model: Callable[P, R]) -> Callable[P, R]:
-    """The model function, whose calls are remembered."""
-    calls = Calls()
+    """The function of tensors and options, whose calls are remembered."""
+    forms: dict[tuple, Form] = {}
 
     @functools.wraps(model)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        whole: Any = lambda: model(*arguments, **options)  # noqa: E731
-        found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
-        return found
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return model(*arguments, **options)
+        values = (*arguments, *options.values())
+        kind = (*options, *map(type, values))
+        form = forms.get(kind)
+        if form is None:
+            form = forms[kind] = Form(values)
+        if not form.usual:
+            return model(*arguments, **options)
+        tensors: Any = form.tensors(values)
+        key = (torch.is_grad_enabled(), tensors[0].shape, *form.others(values))
+        try:
+            known = form.known.get(key)
+        except TypeError:  # an option that cannot be hashed
+            return model(*arguments, **options)
+        if known is not None:
+            for fits, way in known:
+                if fits(*tensors):
+                    result: Any = None if way is None else way(tensors)
+                    return model(*arguments, **options) if result is None else result
+        if TensorGuards is None or transformed():
+            return model(*arguments, **options)
+        seen: list[watch.Seen] = []
+        token = watch.watched.set(seen)
+        try:
+            result = model(*arguments, **options)
+        finally:
+            watch.watched.reset(token)
+        if len({tensor.data_ptr() for tensor in tensors}) == len(tensors):  # else: which is meant?
+            _remember(form, key, tensors, _way(seen, tensors, options, result))
+        return result
 
     return call
+
+
+def _remember(form: Form, key: tuple, tensors: tuple[Tensor, ...], way: Way | None) -> None:
+    shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    if len(form.known) >= SHAPES:
+        form.known.clear()
+    form.known[key] = [*form.known.get(key, ())[-MOST:], (fits, way)]
 
 
 def _way(seen: list[watch.Seen], tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any) -> Way | None:
@@ -253,7 +240,9 @@ def _launch(
     made: Tensor | int | None = place if in_place else None
     if final is not None and not in_place:
         made = _shown(final if state is None else state)
-    return Launch(again, _shown(result.output), made, state is not None)
+    kind = (result.output.shape, result.output.stride(), output.dtype)
+    like = [place for place, tensor in enumerate(tensors) if (tensor.shape, tensor.stride(), tensor.dtype) == kind]
+    return Launch(again, like[0] if like else _shown(result.output), made, state is not None)
 
 
 def _is(result: Tensor, made: Tensor | None) -> bool:

@@ -24,11 +24,10 @@ def fingerprint(*tensors: Tensor | None) -> list[object]:
 
 
 class Memory(Generic[T]):
-    """What was found for so many keys; what cannot be hashed (sizes that are symbols) is not remembered."""
+    """What was found for a few thousand keys; what cannot be hashed (sizes that are symbols) is not remembered."""
 
-    def __init__(self, keys: int = 4096) -> None:
+    def __init__(self) -> None:
         self._found: dict[object, T] = {}
-        self._keys = keys
 
     def recall(self, key: object) -> T | None:
         """What was kept for this key."""
@@ -39,7 +38,7 @@ class Memory(Generic[T]):
 
     def keep(self, key: object, found: T) -> None:
         """To be recalled."""
-        if len(self._found) >= self._keys:
+        if len(self._found) >= 4096:
             self._found.clear()
         with suppress(TypeError):
             self._found[key] = found

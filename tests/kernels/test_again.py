@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import parallelflow as pf
-from parallelflow.again import Calls
+from parallelflow.again import remembered
 from parallelflow.kernels import serving
 from tests.cases import STRUCTURES, by_name, token
 from tests.stores import SIZES as WIDER
@@ -153,19 +153,19 @@ def test_a_store_is_used_again(forwards):
 
 def test_what_is_done_with_the_output_is_done_each_time(forwards):
     """A function whose result is not what the kernel wrote."""
+
+    @remembered
+    def twice(**arguments):
+        found = inspect.unwrap(pf.gated_delta_rule)(**arguments)
+        return found._replace(output=2 * found.output.squeeze(1))
+
     inputs, state = draw(DELTA, 0)
-    calls = Calls()
     for _ in range(2):
         plain = step(DELTA, inputs, state)
         forwards.clear()
         options = {"backend": "triton", "validate": False, "return_final_state": True, "initial_state": state}
         tokens = {name: x.unsqueeze(1) for name, x in inputs.items()}
-
-        def twice(tokens=tokens, options=options):
-            found = inspect.unwrap(pf.gated_delta_rule)(**tokens, **options)
-            return found._replace(output=2 * found.output.squeeze(1))
-
-        result = calls(twice, ("validate",), (*inputs.values(), state, False))
+        result = twice(**tokens, **options)
         assert torch.equal(result.output, 2 * plain.output)
         assert len(forwards) == 1
 
