@@ -2,24 +2,35 @@
 
 What a model function does with its tensors, short of their numbers, follows from their shapes, strides, dtypes and
 devices and from its options. The first call of a kind goes all the way, with every check, and is watched: where it came
-to one launch of the kernel for short sequences, whose tensors are the arguments themselves, later ones make that
-launch with theirs. What is computed on the way (normalised keys, a model's own step) is no argument, and such calls go
-all the way each time; so do those under autograd, function transforms, autocast and torch.compile.
+to one launch, or to one differentiable operation, whose tensors are the arguments themselves or their normalised
+vectors, later ones do that with theirs. What else is computed on the way (a model's own step) is no argument, and such
+calls go all the way each time; so do those under function transforms, autocast and torch.compile.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from parallelflow.autograd import nothing_to_record
-from parallelflow.checks import Memory
+from parallelflow.autograd import nothing_to_record, transformed
 from parallelflow.integrate import Result
-from parallelflow.kernels import serving
+from parallelflow.kernels import watch
+
+try:  # what torch.compile tells by that a graph fits: one call for all tensors, where Python takes ten times as long
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # then no call is remembered
+    TensorGuards = None  # type: ignore[assignment, misc]
+
+SHAPES = 512
+"""First shapes, with options, that are kept for one form of call: each may hold a schedule of launches."""
+MOST = 15
+"""Kinds of tensors that are kept, beside the newest, for the same options and first shape."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,127 +38,221 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Launch(NamedTuple):
-    """One launch with other tensors: for each of the kernel's, its place among the arguments, or -1 for none."""
+    """One launch with other tensors. ``output`` and ``final`` show what is made anew, without memory of their own; the
+    output may be like one of the arguments, by its place, and the final state be one of them, or not be made."""
 
-    plan: serving.Plan
-    places: tuple[int, ...]
-    output: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    in_place: bool
-    final: bool
+    again: watch.Again
+    output: Tensor | int
+    final: Tensor | int | None
+    returned: bool
 
-    def __call__(self, arguments: tuple) -> Result:
-        plan = self.plan
-        output = torch.empty(self.output, dtype=self.dtype, device=self.device)
-        tensors = [None if place < 0 else arguments[place] for place in self.places]
-        tensors[serving.OUTPUT] = output
-        if self.in_place:
-            final = tensors[serving.FINAL]
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
+        """None where the launch cannot be made."""
+        again, like, final, returned = self
+        if isinstance(like, int):
+            output = torch.empty_like(tensors[like])  # a fifth less on the host than the other way
         else:
-            final = tensors[serving.FINAL] = torch.empty(plan.final, dtype=torch.float32, device=self.device)
-        plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
-        if self.in_place:
-            assert final is not None
-            serving.note_change(final)
-        return Result(output, final if self.final else None)
+            output = torch.empty_like(like, memory_format=torch.contiguous_format)
+        state: Tensor | None = None
+        if final is None:
+            given = (*tensors, output)
+        elif isinstance(final, int):
+            state, given = tensors[final], (*tensors, output)
+        else:
+            state = torch.empty_like(final, memory_format=torch.contiguous_format)
+            given = (*tensors, output, state)
+        return Result(output, state if returned else None) if again(given) else None
 
 
-class Calls:
-    """A function's calls. ``function(arguments)`` is the whole way; the arguments are tensors and options."""
+class Prepared(NamedTuple):
+    """Tensors made of some of the arguments (``function``, place), then a launch or an operation on all of them."""
 
-    def __init__(self) -> None:
-        self._launches: Memory[Launch | None] = Memory()
+    derived: list[tuple[Callable[[Tensor], Tensor], int]]
+    way: Launch | Application
 
-    def __call__(self, function: Callable[[], Result], names: tuple[str, ...], arguments: tuple) -> Result:
-        """The result of ``function()``, whose arguments these are, by its launch where that is known."""
-        if torch.compiler.is_compiling():
-            return function()
-        key = (names, *map(_kind, arguments))
-        launch = self._launches.recall(key)
-        if launch is not None:
-            if _usual(launch.device, arguments):
-                return launch(arguments)
-            return function()
-        launches: list[serving.Launched] = []
-        token = serving.watched.set(launches)
-        try:
-            result = function()
-        finally:
-            serving.watched.reset(token)
-        found = _launch(launches, arguments, result)
-        if found is not None and _usual(found.device, arguments):
-            options = dict(zip(names, arguments[len(arguments) - len(names) :], strict=True))
-            if not _looks_at_numbers(options, found):
-                self._launches.keep(key, found)
-        return result
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result | None:
+        derived, way = self
+        return way((*tensors, *[function(tensors[place]) for function, place in derived]))
+
+
+class Application(NamedTuple):
+    """One differentiable operation on other tensors; ``order`` picks its own from the arguments and a None."""
+
+    function: Any
+    setting: Any
+    order: Callable[[tuple], tuple]
+    returned: bool
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Result:
+        function, setting, order, returned = self
+        output, final = function.apply(setting, *order((*tensors, None)))
+        return Result(output, final if returned else None)
+
+
+Way = Launch | Application | Prepared
+
+
+class Form:
+    """Calls with the same names of options and types of arguments: which are tensors, and what is known of those with
+    the same values of all others, the same first shape and the same grad mode."""
+
+    def __init__(self, values: tuple) -> None:
+        places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        others = [place for place, value in enumerate(values) if not isinstance(value, Tensor)]
+        self.usual = len(places) > 1 and all(type(values[place]) in PLAIN for place in places)
+        self.tensors = itemgetter(*places) if self.usual else tuple
+        self.others = itemgetter(*others, others[0]) if others else _nothing  # one twice: of two or more it is a tuple
+        self.known: dict[tuple, list[tuple[Callable[..., bool], Way | None]]] = {}
+
+
+def _nothing(values: tuple) -> tuple:
+    return ()
 
 
 def remembered(model: Callable[P, R]) -> Callable[P, R]:
-    """The model function, whose calls on a store are remembered."""
-    calls = Calls()
+    """The function of tensors and options, whose calls are remembered."""
+    forms: dict[tuple, Form] = {}
 
     @functools.wraps(model)
     def call(*arguments: P.args, **options: P.kwargs) -> R:
-        if not options.get("in_place") and options.get("state_indices") is None:
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return model(*arguments, **options)
-        whole: Any = lambda: model(*arguments, **options)  # noqa: E731
-        found: Any = calls(whole, tuple(options), (*arguments, *options.values()))
-        return found
+        values = (*arguments, *options.values())
+        kind = (*options, *map(type, values))
+        form = forms.get(kind)
+        if form is None:
+            form = forms[kind] = Form(values)
+        if not form.usual:
+            return model(*arguments, **options)
+        tensors: Any = form.tensors(values)
+        key = (torch.is_grad_enabled(), tensors[0].shape, *form.others(values))
+        try:
+            known = form.known.get(key)
+        except TypeError:  # an option that cannot be hashed
+            return model(*arguments, **options)
+        if known is not None:
+            for fits, way in known:
+                if fits(*tensors):
+                    result: Any = None if way is None else way(tensors)
+                    return model(*arguments, **options) if result is None else result
+        if TensorGuards is None or transformed():
+            return model(*arguments, **options)
+        seen: list[watch.Seen] = []
+        token = watch.watched.set(seen)
+        try:
+            result = model(*arguments, **options)
+        finally:
+            watch.watched.reset(token)
+        if len({tensor.data_ptr() for tensor in tensors}) == len(tensors):  # else: which is meant?
+            _remember(form, key, tensors, _way(seen, tensors, options, result))
+        return result
 
     return call
 
 
-def _looks_at_numbers(options: dict[str, Any], launch: Launch) -> bool:
-    """Whether a call reads its tensors' numbers on the host: to check them, or to choose its way by boundaries."""
+def _remember(form: Form, key: tuple, tensors: tuple[Tensor, ...], way: Way | None) -> None:
+    shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    fits = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    if len(form.known) >= SHAPES:
+        form.known.clear()
+    form.known[key] = [*form.known.get(key, ())[-MOST:], (fits, way)]
+
+
+def _way(seen: list[watch.Seen], tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any) -> Way | None:
+    """How to do it again: None unless one launch or operation was seen, which had for its tensors the arguments and
+    what was derived of them, used all of them and made the result, and nothing but the arguments has a say, neither a
+    transform nor autocast."""
+    device = tensors[0].device.type
+    derived = [each for each in seen if isinstance(each, watch.Derived)]
+    others = [each for each in seen if not isinstance(each, watch.Derived)]
+    if len(others) != 1 or torch.is_autocast_enabled(device) or type(result) is not Result:
+        return None
+    (one,) = others
+    applied = isinstance(one, watch.Applied)
     validate = options.get("validate")
-    checked = validate is not False and (validate is not None or launch.device.type == "cpu")
-    packed = options.get("cu_seqlens") is not None
-    bounds = packed and (launch.plan.time > serving.LONGEST or options.get("cu_seqlens_cpu") is not None)
-    return checked or bounds
-
-
-def _kind(argument: Any) -> object:
-    """All of an argument that decides what is done with it, if it is a tensor; else its value and type."""
-    if isinstance(argument, Tensor):
-        return type(argument), argument.shape, argument.stride(), argument.dtype, argument.device
-    return type(argument), argument
-
-
-def _usual(device: torch.device, arguments: tuple) -> bool:
-    """Whether nothing but the arguments has a say: neither autograd nor a transform nor autocast."""
-    return not torch.is_autocast_enabled(device.type) and nothing_to_record(
-        [argument for argument in arguments if isinstance(argument, Tensor)]
-    )
-
-
-def _launch(launches: list[serving.Launched], arguments: tuple, result: Result) -> Launch | None:
-    """How to do it again: None unless one launch had the arguments for its tensors and made the result."""
-    if len(launches) != 1:
+    checking = validate is not False and (validate is not None or device == "cpu")
+    if checking and not (isinstance(one, watch.Launched) and one.checks):
         return None
-    plan, used = launches[0]
-    places: dict[int, int] = {}
-    for place, argument in enumerate(arguments):
-        if not isinstance(argument, Tensor):
-            continue
-        if type(argument) not in PLAIN or places.setdefault(argument.data_ptr(), place) != place:
+    known: dict[Any, int] = {_mark(tensor, applied): place for place, tensor in enumerate(tensors)}
+    sources = [known.get(_mark(each.source, applied), -1) for each in derived]
+    for each, place in zip(derived, sources, strict=True):
+        if place < 0 or each.source.numel() != tensors[place].numel() or not each.result.is_contiguous():
             return None
-    output, final = used[serving.OUTPUT], used[serving.FINAL]
-    assert output is not None
-    assert final is not None
-    if result.output.data_ptr() != output.data_ptr() or result.output.dtype != output.dtype:
+    known |= {_mark(each.result, applied): len(tensors) + number for number, each in enumerate(derived)}
+    count = len(tensors) + len(derived)
+    if len(known) < count:  # one tensor twice: which is meant?
         return None
-    if result.final_state is not None and result.final_state.data_ptr() != final.data_ptr():
+    places = [-1 if tensor is None else known.get(_mark(tensor, applied), -2) for tensor in one.tensors]
+    in_place = bool(options.get("in_place"))
+    found: Launch | Application | None
+    if isinstance(one, watch.Launched):
+        found = _launch(one, places, count, in_place, checking, (*tensors, *[each.result for each in derived]), result)
+    else:
+        found = _application(one, places, count, result)
+    if found is None or not set(range(count)) <= {*places, *sources}:
         return None
-    in_place = final.data_ptr() in places
-    made = {serving.OUTPUT} if in_place else {serving.OUTPUT, serving.FINAL}
-    if not all(dense for _, dense in plan.slots):
-        return None
-    where = tuple(
-        -1 if tensor is None or number in made else places.get(tensor.data_ptr(), -2)
-        for number, tensor in enumerate(used)
+    return (
+        Prepared([(each.function, place) for each, place in zip(derived, sources, strict=True)], found)
+        if derived
+        else found
     )
-    if -2 in where:
+
+
+def _mark(tensor: Tensor, applied: bool) -> int:
+    """What tells whether one tensor is another: its memory; where gradients are recorded, which go through views, that
+    it is the same object."""
+    return id(tensor) if applied else tensor.data_ptr()
+
+
+def _application(applied: watch.Applied, places: list[int], count: int, result: Result) -> Application | None:
+    if result.output is not applied.output or -2 in places:
         return None
-    returned = result.final_state is not None
-    return Launch(plan, where, tuple(result.output.shape), output.dtype, output.device, in_place, returned)
+    if not (result.final_state is None or result.final_state is applied.final):
+        return None
+    order = itemgetter(*[count if place == -1 else place for place in places])
+    return Application(applied.function, applied.setting, order, result.final_state is not None)
+
+
+def _launch(
+    launched: watch.Launched,
+    places: list[int],
+    count: int,
+    in_place: bool,
+    checking: bool,
+    tensors: tuple[Tensor, ...],
+    result: Result,
+) -> Launch | None:
+    """``places`` of what is made anew are found here."""
+    output, final = launched.tensors[launched.output], launched.tensors[launched.final]
+    assert output is not None
+    state, place = result.final_state, places[launched.final]
+    if not nothing_to_record(tensors) or not _is(result.output, output) or in_place != (place >= 0):
+        return None
+    if state is not None and not (state is tensors[place] if in_place else _is(state, final)):
+        return None
+    places[launched.output] = count
+    if final is not None and not in_place:
+        places[launched.final] = count + 1
+    if -2 in places:
+        return None
+    again = launched.settle(tuple(places), checking)
+    made: Tensor | int | None = place if in_place else None
+    if final is not None and not in_place:
+        made = _shown(final if state is None else state)
+    kind = (result.output.shape, result.output.stride(), output.dtype)
+    like = [place for place, tensor in enumerate(tensors) if (tensor.shape, tensor.stride(), tensor.dtype) == kind]
+    return Launch(again, like[0] if like else _shown(result.output), made, state is not None)
+
+
+def _is(result: Tensor, made: Tensor | None) -> bool:
+    """Whether a result is what a launch made, if in another shape."""
+    if made is None:
+        return False
+    same = result.data_ptr() == made.data_ptr() and result.numel() == made.numel() and result.dtype == made.dtype
+    return same and result.is_contiguous()
+
+
+def _shown(tensor: Tensor) -> Tensor:
+    """Its shape, dtype and device."""
+    return tensor.new_empty(1).expand(tensor.shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallelflow import recurrence, torch_backend
+from parallelflow.kernels.watch import Applied, tell
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, carry_count
 
@@ -38,9 +39,9 @@ class Setting(NamedTuple):
     batch_invariant: bool = True
     final: bool = True
 
-    @torch.no_grad()
     def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from."""
+        """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from.
+        Here and in ``backward`` nothing is recorded: who calls has seen to that."""
         inputs = self.tied(untied)
         if self.backend == "torch":
             output, final, carries = self.plain(inputs)
@@ -55,7 +56,6 @@ class Setting(NamedTuple):
         """The torch backend's forward pass."""
         return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
 
-    @torch.no_grad()
     def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
         """Gradients of all that is passed through autograd; ``d_final`` None is zero."""
         inputs = self.tied(untied)
@@ -379,7 +379,7 @@ def run(
     final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and final states, differentiable; None may stand for states that are not asked for."""
-    need = final_state or torch.compiler.is_compiling() or _transformed()
+    need = final_state or torch.compiler.is_compiling() or transformed()
     setting = Setting(traits, plan, sequence_starts, backend, batch_invariant=batch_invariant, final=need)
     setting = setting.with_ties(inputs)
     untied = setting.untied(inputs)
@@ -387,10 +387,11 @@ def run(
         output, final, _ = _integrate(*untied, cu_seqlens, *Code.of(setting))
     elif nothing_to_record(untied):
         output, final, _ = setting.forward(Inputs(*untied), keep=False)  # type: ignore[arg-type]
-    elif _transformed():
+    elif transformed():
         output, final, *_ = _Flow.apply(setting, *untied)
     else:
         output, final = _EagerFlow.apply(setting, *untied)
+        tell(lambda: Applied(_EagerFlow, setting, untied, output, final))
     return output, final
 
 
@@ -403,7 +404,7 @@ def advance(inputs: Inputs, traits: Traits, backend: str) -> tuple[Tensor, Tenso
     return step(inputs, traits)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a function transform or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
@@ -412,6 +413,6 @@ def _transformed() -> bool:
 
 def nothing_to_record(tensors: Sequence[Tensor | None]) -> bool:
     """Whether neither autograd nor a function transform watches these tensors."""
-    if _transformed():
+    if transformed():
         return False
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))

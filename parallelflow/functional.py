@@ -25,6 +25,7 @@ from parallelflow.checks import check_layouts, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
 from parallelflow.integrate import Result, ResultWithStates, integrate
+from parallelflow.kernels.watch import Derived, tell
 from parallelflow.problem import autocast_dtype, without_autocast
 
 
@@ -365,7 +366,9 @@ def _prepare(
 def _normalized(vectors: Tensor) -> Tensor:
     """``x · rsqrt(Σ x² + 1e-6)``, summed in at least float32."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(vectors.dtype)
+    unit = (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(vectors.dtype)
+    tell(lambda: Derived(vectors, unit, _normalized))
+    return unit
 
 
 __all__ = [

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from parallelflow import functional
-from parallelflow.again import Calls
+from parallelflow.again import remembered
 from parallelflow.checks import expect_tensor, nearest
 from parallelflow.integrate import Result
 
@@ -34,14 +34,10 @@ def _single(model: Callable[..., Any]) -> Callable[..., Result]:
     signature = inspect.signature(model)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     names = {parameter.name for parameter in own}
-    calls = Calls()
 
+    @remembered
     @functools.wraps(model)
     def step(*tensors: Any, state: Tensor, **keywords: Any) -> Result:
-        arguments = (*tensors, state, *keywords.values())
-        return calls(lambda: whole(*tensors, state=state, **keywords), tuple(keywords), arguments)
-
-    def whole(*tensors: Any, state: Tensor, **keywords: Any) -> Result:
         expect_tensor("state", state)
         for name in keywords:
             if name not in names and name not in _OPTIONS:

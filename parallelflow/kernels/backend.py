@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -206,6 +207,7 @@ def backward(
     return gradients if inputs.single else gradients.stacked()
 
 
+@cache
 def _kernels(module: str) -> Any:
     """A module that has a forward and a backward on a GPU."""
     return importlib.import_module(f"parallelflow.kernels.{module}")

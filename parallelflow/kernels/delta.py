@@ -10,7 +10,9 @@ entry states, and then all segments run at once.  Source: Yang, Kautz, Hatamizad
 chunked gated delta rule; the gradients are those of `gradient`.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from .gradient import Gradients
 from .prepare import Prepared
 from .schedule import Group, Kept, Schedule, Scratch, chunks_of
 from .streams import aside, rejoin
+from .watch import Again, Launched, tell
 
 LARGEST_HEAD = 512
 
@@ -53,10 +56,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     """
     given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
     schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
-    value = given.value
-    output, final, workspace = torch.empty_like(value), None, schedule.workspace(schedule.kept_bytes, value.device)
-    if need_final_state:
-        final = _state(schedule, given)
+    output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
+    workspace = _forward(schedule, given, output, final, scale)
+    if sequence_starts is None and cu_seqlens is None and not save_for_backward:
+        tell(
+            lambda: Launched(
+                (*given, output, final), len(given), len(given) + 1, False, _settle(schedule, given, scale)
+            )
+        )
+    return output, final, [workspace] if save_for_backward else []
+
+
+def _forward(schedule: Schedule, given: Arguments, output: Tensor, final: Tensor | None, scale: float) -> Tensor:
+    """Fills output and final state; returns the workspace."""
+    workspace = schedule.workspace(schedule.kept_bytes, output.device)
 
     def launch() -> None:
         kept = schedule.kept(Arena(workspace))
@@ -67,7 +80,33 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
             final_state=final, ended=None if cut is None else cut.ended)  # fmt: skip
 
     schedule.forward.run((*given, output, final, workspace), launch, scale)
-    return output, final, [workspace] if save_for_backward else []
+    return workspace
+
+
+def _settle(schedule: Schedule, given: Arguments, scale: float) -> Callable[[tuple[int, ...], bool], Again]:
+    """See ``Launched``."""
+    aligned = _are_aligned(given)
+
+    def settle(places: tuple[int, ...], checking: bool) -> Again:
+        absent = max(places) + 1
+        order = itemgetter(*[absent if place < 0 else place for place in places])
+
+        def again(tensors: tuple[Tensor, ...]) -> bool:
+            *own, output, final = order((*tensors, None))
+            given = Arguments(*own)
+            if _are_aligned(given) != aligned:
+                return False
+            _forward(schedule, given, output, final, scale)
+            return True
+
+        return again
+
+    return settle
+
+
+def _are_aligned(given: Arguments) -> bool:
+    """Whether descriptors can be made of the query and the key."""
+    return not (given.query.data_ptr() | given.key.data_ptr()) % 16
 
 
 def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_decay: Tensor | None,
@@ -174,10 +213,9 @@ def _schedule(given: Arguments, tied: bool, tier: str, batch_invariant: bool, st
     query, key, value, beta, log_decay, initial_state = given
     mark = None
     if cu_seqlens is None:
-        aligned = not (query.data_ptr() | key.data_ptr()) % 16
         mark = (
-            query.shape, value.shape, query.dtype, query.device, aligned, tied, tier, batch_invariant, starts,
-            None if beta is None else beta.dtype, None if log_decay is None else log_decay.dtype,
+            query.shape, value.shape, query.dtype, query.device, _are_aligned(given), tied, tier, batch_invariant,
+            starts, None if beta is None else beta.dtype, None if log_decay is None else log_decay.dtype,
             initial_state is None, key.shape, key.dtype, value.dtype,
         )  # fmt: skip
         known = _SCHEDULES.get(mark)

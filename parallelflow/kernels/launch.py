@@ -15,6 +15,7 @@ from itertools import chain
 from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -61,6 +62,36 @@ class Pattern:
         self.chosen_by = [place for place in integers if not kernel.params[place].do_not_specialize]
         self.compiled: dict[tuple, Compiled | None] = {}
 
+    def key(self, device: int, tensors: tuple[Tensor, ...], arguments: tuple) -> tuple:
+        """What chooses among the compiled, for aligned tensors."""
+        key = (device, *map(_dtype, tensors), *map(_kind, arguments[: self.descriptors]))
+        for place in self.chosen_by:
+            key += (arguments[place] == 1, arguments[place] % ALIGNMENT == 0)
+        return key
+
+
+class Settled(NamedTuple):
+    """A launch of which all is settled but its tensors' addresses. ``rest`` is what else the entry point takes, and
+    ``order`` picks its arguments from the addresses and those."""
+
+    start: Callable[..., None]
+    programs: int
+    device: int
+    rest: tuple
+    order: Callable[[tuple], tuple]
+    current_device: Callable[[], int]
+    current_stream: Callable[[int], int]
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Launches on the current stream; False, and nothing done, if an address is not aligned or another device is
+        the current one."""
+        start, programs, device, rest, order, current_device, current_stream = self
+        addresses = tuple(map(_address, tensors))
+        if reduce(or_, addresses) % ALIGNMENT or current_device() != device:
+            return False
+        start(programs, 1, 1, current_stream(device), *order(addresses + rest))
+        return True
+
 
 class Bound:
     """One kernel with its constants and launch options; called, it launches on the current device and stream."""
@@ -83,9 +114,7 @@ class Bound:
         tensors, count = pattern.tensors(arguments), pattern.descriptors
         addresses = list(map(_address, tensors))
         device = driver.active.get_current_device()
-        key = (device, *map(_dtype, tensors), *map(_kind, arguments[:count]))
-        for place in pattern.chosen_by:
-            key += (arguments[place] == 1, arguments[place] % ALIGNMENT == 0)
+        key = pattern.key(device, tensors, arguments)
         usual = not reduce(or_, addresses) % ALIGNMENT and max(pattern.integers(arguments)) <= LARGEST_NUMBER
         compiled = pattern.compiled.get(key) if usual else None
         if compiled is None:
@@ -107,6 +136,32 @@ class Bound:
         compiled.start(programs, 1, 1, stream, *handed)
         if _recording.steps is not None:
             _recording.steps.append((compiled.start, programs, handed))
+
+    def settled(
+        self, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, places: tuple[int, ...]
+    ) -> Settled | None:
+        """This launch for tensors that take the place of these: ``places`` has for each its place among those that will
+        be given, in which all are used, or -1 for None. Only once it is compiled, and where its entry point is known.
+        """
+        arguments = (*tensors, *numbers)
+        pattern = self.patterns.get(tuple(map(type, arguments)))
+        if pattern is None or max(pattern.integers(arguments)) > LARGEST_NUMBER:
+            return None
+        device = driver.active.get_current_device()
+        compiled = pattern.compiled.get(pattern.key(device, pattern.tensors(arguments), arguments))
+        if compiled is None or pattern.descriptors:
+            return None
+        rest = (None, *compiled.before, *numbers, *compiled.after)
+        given = max(places) + 1
+        absent, before = given, given + 1
+        after = before + len(compiled.before)
+        order = (*range(before, after), *[absent if place < 0 else place for place in places],
+                 *range(after, given + len(rest)))  # fmt: skip
+        # On a GPU PyTorch's own function: what Triton calls first asks whether CUDA has begun.
+        current_device = getattr(torch._C, "_cuda_getDevice", driver.active.get_current_device)
+        return Settled(
+            compiled.start, programs, device, rest, itemgetter(*order), current_device, driver.active.get_current_stream
+        )
 
 
 class _Recording(threading.local):

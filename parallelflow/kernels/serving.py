@@ -6,13 +6,14 @@ the same bits alone and in any batch.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallelflow.kernels.backend import too_large
+from parallelflow.kernels.watch import Again, Launched, tell
 from parallelflow.problem import Inputs, Traits, sizes_of
 
 LONGEST = 64
@@ -58,16 +59,6 @@ class Plan(NamedTuple):
     final_stride: int
 
 
-class Launched(NamedTuple):
-    """A launch that was made, for who wants to make it again: ``tensors`` are the kernel's, in its order."""
-
-    plan: Plan
-    tensors: tuple[Tensor | None, ...]
-
-
-watched: ContextVar[list[Launched] | None] = ContextVar("watched", default=None)
-"""Where set, a list to which launches are added."""
-
 OUTPUT, FINAL = 12, 11
 """The places of what is made anew among the kernel's tensors."""
 
@@ -109,16 +100,36 @@ def forward(
     plan.launch(plan.programs, *tensors, plan.time, plan.states_stride, plan.final_stride, plan.scale)
     if in_place:
         note_change(final)
-    launches = watched.get()
-    if launches is not None:
-        launches.append(Launched(plan, tensors))
+    if cu_seqlens is None or plan.time <= LONGEST:  # beyond, whether it comes here at all depends on the numbers
+        tell(lambda: Launched(tensors, OUTPUT, FINAL, False, _settle(plan, tensors, in_place)))
     return output, final
+
+
+def _settle(plan: Plan, tensors: tuple[Tensor | None, ...], in_place: bool) -> Callable[[tuple[int, ...], bool], Again]:
+    """See ``Launched``."""
+    numbers = plan.time, plan.states_stride, plan.final_stride, plan.scale
+
+    def settle(places: tuple[int, ...], checking: bool) -> Again:
+        assert not checking  # nothing is looked at on the device
+        start = plan.launch.settled(plan.programs, tensors, numbers, places)
+        final = places[FINAL]
+
+        def again(given: tuple[Tensor, ...]) -> bool:
+            if start is None or not start(given):
+                plan.launch(plan.programs, *[None if place < 0 else given[place] for place in places], *numbers)
+            if in_place:
+                note_change(given[final])
+            return True
+
+        return again
+
+    return settle
 
 
 def note_change(tensor: Tensor) -> None:
     """Tells autograd that a kernel has written a tensor, so that who saved it for a backward pass gets an error."""
     if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+        torch._C._increment_version((tensor,))  # all that torch.autograd.graph.increment_version does
 
 
 def _plan(inputs: Inputs, traits: Traits, sequences: int, packed: bool, in_place: bool) -> Plan:

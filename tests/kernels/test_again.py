@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import parallelflow as pf
-from parallelflow.again import Calls
+from parallelflow.again import remembered
 from parallelflow.kernels import serving
 from tests.cases import STRUCTURES, by_name, token
 from tests.stores import SIZES as WIDER
@@ -38,14 +40,19 @@ def step(model, inputs, state, **options):
     return model.step(inputs, state=state, backend="triton", validate=False, **options)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    ("in_place", "normalize"), [(True, False), (False, False), (True, True)], ids=["in place", "new", "unit vectors"]
+)
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
-def test_the_second_step_is_one_launch(model, in_place, forwards):
+def test_the_second_step_is_one_launch(model, in_place, normalize, forwards):
+    if normalize and not model.normalized:
+        pytest.skip("no key to normalise")
+    options = {"normalize_query_key": True} if normalize else {}
     for seed in range(3):
         inputs, state = draw(model, seed)
-        wanted = model.step(inputs, state=state, backend="torch")
+        wanted = model.step(inputs, state=state, backend="torch", **options)
         forwards.clear()
-        found = step(model, inputs, state, in_place=in_place)
+        found = step(model, inputs, state, in_place=in_place, **options)
         assert len(forwards) == (1 if seed == 0 or model.name in COMPUTED else 0)
         assert (found.final_state is state) == in_place
         for got, reference in zip(found, wanted, strict=True):
@@ -146,19 +153,19 @@ def test_a_store_is_used_again(forwards):
 
 def test_what_is_done_with_the_output_is_done_each_time(forwards):
     """A function whose result is not what the kernel wrote."""
+
+    @remembered
+    def twice(**arguments):
+        found = inspect.unwrap(pf.gated_delta_rule)(**arguments)
+        return found._replace(output=2 * found.output.squeeze(1))
+
     inputs, state = draw(DELTA, 0)
-    calls = Calls()
     for _ in range(2):
         plain = step(DELTA, inputs, state)
         forwards.clear()
         options = {"backend": "triton", "validate": False, "return_final_state": True, "initial_state": state}
         tokens = {name: x.unsqueeze(1) for name, x in inputs.items()}
-
-        def twice(tokens=tokens, options=options):
-            found = DELTA(tokens, **options)
-            return found._replace(output=2 * found.output.squeeze(1))
-
-        result = calls(twice, ("validate",), (*inputs.values(), state, False))
+        result = twice(**tokens, **options)
         assert torch.equal(result.output, 2 * plain.output)
         assert len(forwards) == 1
 

@@ -163,3 +163,36 @@ def test_only_so_many_are_remembered(kernel, monkeypatch):
     for tensors in kept:
         remembered_steps(kernel, bound, tensors, remembered)
         assert len(remembered.found) <= 2
+
+
+def settle(kernel, tensors=None, numbers=(5, 0.5)):
+    """A launch of two tensors and None, whose tensors will be given in the other order."""
+    tensors = tensors or (aligned(8), None, aligned(4))
+    bound = launch.Bound(kernel, {})
+    bound(3, *tensors, *numbers)
+    kernel.triton.clear()
+    return bound.settled(3, tensors, numbers, (1, -1, 0))
+
+
+def test_a_settled_launch_takes_other_tensors(kernel):
+    settled, first, second = settle(kernel), aligned(4), aligned(8)
+    assert settled((first, second))
+    expected = (3, 1, 1, "stream", "before", second.data_ptr(), None, first.data_ptr(), 5, 0.5, "after")
+    assert kernel.entry == [expected]
+    assert not kernel.triton
+
+
+def test_a_settled_launch_is_not_made_of_what_needs_another_kernel(kernel):
+    settled = settle(kernel)
+    assert not settled((aligned(4), aligned(9)[1:]))
+    other = settled._replace(current_device=lambda: 1)
+    assert not other((aligned(4), aligned(8)))
+    assert not kernel.entry
+
+
+def test_a_launch_without_a_known_entry_point_is_not_settled(kernel, monkeypatch):
+    assert settle(kernel, numbers=(2**31, 0.5)) is None
+    monkeypatch.setattr(launch, "_entry_point", lambda *_: None)
+    assert settle(kernel) is None
+    tensors = (aligned(8), None, aligned(4))
+    assert launch.Bound(kernel, {}).settled(3, tensors, (5, 0.5), (1, -1, 0)) is None

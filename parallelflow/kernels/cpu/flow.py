@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Callable
 from functools import cache, reduce
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from parallelflow.checks import Memory
 from parallelflow.kernels.cpu.build import library
+from parallelflow.kernels.watch import Again, Launched, tell
 from parallelflow.problem import Inputs, Sizes, Traits, sizes_of
 
 LARGEST_HEAD, MOST_ROWS = 512, 16
@@ -30,6 +33,8 @@ TYPES = {WIDE: 0, torch.bfloat16: 1, torch.float16: 2}
 SLOTS = len(Inputs._fields) - 1  # all but the initial state
 Field = tuple[int, ...]
 ABSENT: Field = (0,) * 9
+NO_LOG_DECAY = 2  # what source/flow.cpp returns where a log-decay is positive or NaN
+ADDRESSES = struct.Struct(f"@{SLOTS + 3}q")  # of the inputs, output and final state
 PROBLEM = struct.Struct(f"@{9 * (2 * SLOTS + 1) + 25}qd")  # struct Problem of source/problem.h, field by field
 
 
@@ -44,6 +49,7 @@ class _Layout(NamedTuple):
 
 
 _KNOWN: Memory[_Layout] = Memory()
+_address = Tensor.data_ptr
 
 
 def _layout(inputs: Inputs) -> _Layout:
@@ -87,14 +93,16 @@ class _Call:
         self.batch, self.time = inputs.query.shape[:2]
         self.sequences = self.batch if sequence_starts is None else len(sequence_starts) - 1
         self.threads = torch.get_num_threads()
-        self.kept: list[object] = []
+        initial = inputs.initial_state
+        self.initial = None if initial is None else initial.to(WIDE).contiguous()
+        self.kept: list[Tensor] = []
+        self.lists: list[object] = []
         self.given = list(arrays)
-        for slot in range(SLOTS):
-            tensor = inputs[slot]
+        self.tensors: list[Tensor | None] = list(inputs[:SLOTS])
+        for slot in strewn:
+            self.tensors[slot] = inputs[slot].contiguous()  # type: ignore[union-attr]
+        for slot, tensor in enumerate(self.tensors):
             if tensor is not None:
-                if slot in strewn:
-                    tensor = tensor.contiguous()
-                    self.kept.append(tensor)
                 self.given[9 * slot] = tensor.data_ptr()
 
     def array(self, tensor: Tensor, axis: int, part: int = 0) -> Field:
@@ -118,7 +126,7 @@ class _Call:
         if numbers is None:
             return 0
         found = array("q", numbers)
-        self.kept.append(found)
+        self.lists.append(found)
         return found.buffer_info()[0]
 
     @property
@@ -135,24 +143,38 @@ class _Call:
         _, value_heads, key_dim, value_dim, _ = self.sizes
         return self.inputs.query.new_empty(count, value_heads, key_dim, value_dim, dtype=WIDE)
 
-    def run(self, name: str, output: Tensor, *, final: Tensor | None = None, entries: Tensor | None = None,
-            gradients: list[int] | None = None, d_initial: Tensor | None = None, parts: int = 1) -> None:  # fmt: skip
-        """Raises MemoryError where a thread's workspace cannot be had."""
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output and the final states."""
+        _, value_heads, _, value_dim, _ = self.sizes
+        return self.inputs.query.new_empty(self.batch, self.time, value_heads, value_dim), self.states(self.sequences)
+
+    def problem(
+        self,
+        output: Tensor,
+        final: Tensor | None,
+        entries: Tensor | None = None,
+        gradients: list[int] | None = None,
+        d_initial: Tensor | None = None,
+        parts: int = 1,
+    ) -> bytes:
+        """``struct Problem`` of source/problem.h."""
         inputs, traits, (heads, value_heads, key_dim, value_dim, _) = self.inputs, self.traits, self.sizes
         before = None
         if traits.sequential and traits.lone_positions:
             before = [sum(lone < place for lone in traits.lone_positions) for place in traits.positions]
-        problem = PROBLEM.pack(
+        return PROBLEM.pack(
             *self.given, *self.array(output, 2), *(gradients or ABSENT * SLOTS),
-            self.numbers(inputs.initial_state), self.numbers(final), self.numbers(d_initial), self.numbers(entries),
+            self.numbers(self.initial), self.numbers(final), self.numbers(d_initial), self.numbers(entries),
             self.integers(self.starts), self.integers(None if entries is None else self.windows), self.integers(before),
             self.batch, self.time, self.sequences, heads, value_heads, key_dim, value_dim,
             len(traits.positions), len(traits.lone_positions), traits.read_sign, traits.value_sign, traits.lone_sign,
             traits.raw, traits.sequential, inputs.write is inputs.read, self.shared, parts, self.threads,
             key_dim**-0.5 if traits.scale is None else traits.scale,
         )  # fmt: skip
-        if getattr(library(), name)(problem):
-            raise MemoryError("parallelflow: no memory for the workspace of the CPU kernels")
+
+    def run(self, name: str, problem: bytes) -> None:
+        """Raises MemoryError where a thread's workspace cannot be had."""
+        _succeed(getattr(library(), name)(problem))
 
     @property
     def shared(self) -> bool:
@@ -169,11 +191,55 @@ def forward(
     sequences' first tokens, and T. Products and sums are in float32.
     """
     call = _Call(inputs, traits, sequence_starts)
-    output = inputs.query.new_empty(call.batch, call.time, call.sizes.value_heads, call.sizes.value_dim)
-    final = call.states(call.sequences)
-    entries = call.states(call.windows[-1]) if keep else None
-    call.run("parallelflow_forward", output, final=final, entries=entries)
-    return output, final, [] if entries is None else [entries]
+    if not keep:
+        return *_only_forward(call, "parallelflow_forward"), []
+    output, final = call.results()
+    entries = call.states(call.windows[-1])
+    call.run("parallelflow_forward", call.problem(output, final, entries))
+    return output, final, [entries]
+
+
+def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
+    """Output [B, 1, HV, V] and state [B, HV, K, V] after one token (T = 1)."""
+    return _only_forward(_Call(inputs, traits, None), "parallelflow_step")
+
+
+def _only_forward(call: _Call, name: str) -> tuple[Tensor, Tensor]:
+    """Output and final states, nothing kept for a backward pass; known to who watches."""
+    output, final = call.results()
+    problem = call.problem(output, final)
+    call.run(name, problem)
+    if call.starts is None:
+        tensors = (*call.tensors, call.initial, output, final)
+        tell(lambda: Launched(tensors, SLOTS + 1, SLOTS + 2, True, _settle(name, problem, call.lists)))
+    return output, final
+
+
+def _settle(name: str, problem: bytes, lists: list[object]) -> Callable[[tuple[int, ...], bool], Again]:
+    """The same pass again (see ``Launched``); ``lists`` are what the problem points to beside its tensors."""
+
+    def settle(places: tuple[int, ...], checking: bool) -> Again:
+        given = max(places) + 1
+        order = itemgetter(*[given if place < 0 else place for place in places])
+        start, threads = getattr(library(), f"{name}_again"), torch.get_num_threads
+
+        def again(tensors: tuple[Tensor, ...]) -> bool:
+            addresses = ADDRESSES.pack(*order((*map(_address, tensors), 0)))
+            failed = start(problem, addresses, threads(), checking)
+            if failed == NO_LOG_DECAY:
+                return False
+            _succeed(failed)
+            return True
+
+        again.lists = lists  # type: ignore[attr-defined]
+        return again
+
+    return settle
+
+
+def _succeed(failed: int) -> None:
+    if failed:
+        raise MemoryError("parallelflow: no memory for the workspace of the CPU kernels")
 
 
 def backward(
@@ -205,21 +271,11 @@ def backward(
             found.append(gradient)
             fields += call.array(gradient, axis, 0 if own else tensor.numel())
     d_initial = None if inputs.initial_state is None else call.states(call.sequences)
-    call.run("parallelflow_backward", d_output, final=d_final, entries=saved[0], gradients=fields, d_initial=d_initial,
-             parts=parts)  # fmt: skip
+    call.run("parallelflow_backward", call.problem(d_output, d_final, saved[0], fields, d_initial, parts))
     for slot, (tensor, sums) in enumerate(zip(inputs, found, strict=False)):
         if tensor is not None and sums is not None and sums.ndim > tensor.ndim:
             found[slot] = reduce(torch.add, sums).to(tensor.dtype)
     return Inputs(*found, d_initial)  # type: ignore[arg-type,call-arg]
-
-
-def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:
-    """Output [B, 1, HV, V] and state [B, HV, K, V] after one token (T = 1)."""
-    call = _Call(inputs, traits, None)
-    output = inputs.query.new_empty(call.batch, 1, call.sizes.value_heads, call.sizes.value_dim)
-    final = call.states(call.batch)
-    call.run("parallelflow_step", output, final=final)
-    return output, final
 
 
 @cache

@@ -58,4 +58,43 @@ extern "C" int parallelflow_step(const Problem* problem) {
     return each_lane<Step>(*problem, 1);
 }
 
+// Whether all log-decays are at most 0; a NaN is not.
+static bool are_log_decays(const Problem& of) {
+    const Array& decay = of.of.log_decay;
+    if (!decay) return true;
+    for (long b = 0; b < of.batch; b++)
+        for (long t = 0; t < of.time; t++)
+            for (long h = 0; h < decay.heads; h++)
+                for (long k = 0; k < decay.width; k++) {
+                    float number;
+                    read_row(decay.place(b, t, 0, h) + k * bytes_of(decay.dtype()), decay.dtype(), 1, &number);
+                    if (!(number <= 0)) return false;
+                }
+    return true;
+}
+
+// A pass as before, with its tensors at other addresses: those of the inputs, of the initial states, the output, the
+// final states. Returns 2, and does nothing, if `checking` finds a positive log-decay or a NaN.
+template <typename Pass>
+static int again(Pass pass, const Problem& before, char* const* addresses, int threads, int checking) {
+    Problem problem = before;
+    Inputs& of = problem.of;
+    for (Array* array : {&of.query, &of.read, &of.read_coefficient, &of.write, &of.value, &of.value_coefficient,
+                         &of.lone_write, &of.lone_value, &of.lone_coefficient, &of.log_decay})
+        array->at = *addresses++;
+    problem.initial = (const float*)*addresses++;
+    problem.output.at = *addresses++;
+    problem.final = (float*)*addresses;
+    problem.threads = threads;
+    return checking && !are_log_decays(problem) ? 2 : pass(&problem);
+}
+
+extern "C" int parallelflow_forward_again(const Problem* before, char* const* addresses, int threads, int checking) {
+    return again(parallelflow_forward, *before, addresses, threads, checking);
+}
+
+extern "C" int parallelflow_step_again(const Problem* before, char* const* addresses, int threads, int checking) {
+    return again(parallelflow_step, *before, addresses, threads, checking);
+}
+
 extern "C" int parallelflow_window(long reads, long lone) { return WINDOW * chunk_of(reads, lone); }

@@ -36,12 +36,25 @@ static inline void store(Number* to, Lanes lanes) {
 
 static inline Floats fill(float number) { return number - Floats{}; }
 
-template <typename Lanes>
-static inline auto sum(Lanes lanes) {
-    auto total = lanes[0] * 0;
-    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
-    return total;
+// All lanes, halves added to each other: one lane after another would wait for each sum.
+template <typename Number, int COUNT>
+static inline Number sum_of(const Number* numbers) {
+    if constexpr (COUNT == 1) {
+        return *numbers;
+    } else {
+        typedef Number Half __attribute__((vector_size(COUNT / 2 * sizeof(Number))));
+        Half low, high;
+        memcpy(&low, numbers, sizeof low);
+        memcpy(&high, numbers + COUNT / 2, sizeof high);
+        low += high;
+        Number halves[COUNT / 2];
+        memcpy(halves, &low, sizeof low);
+        return sum_of<Number, COUNT / 2>(halves);
+    }
 }
+
+static inline float sum(Floats lanes) { return sum_of<float, LANES>((const float*)&lanes); }
+static inline double sum(Doubles lanes) { return sum_of<double, LANES>((const double*)&lanes); }
 
 static inline Integers counting() {
     Integers numbers;
