@@ -52,10 +52,11 @@ def rows(tensor: torch.Tensor, width: int) -> Descriptor:
 
     The row axis appears twice: coordinates (a, b) name row a + b − 64, and b is cut at 64.  A chunk with `valid` rows
     in its sequence is addressed as (first + valid, 64 − valid): rows past the end read as zero and are never written,
-    whatever lies there.
+    whatever lies there.  Of a window of a batch [B, T, heads, size] the rows are those from its first to its last.
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
-    return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width)
+    count = (tensor.shape[0] - 1) * (tensor.stride(0) // columns) + tensor.shape[1]
+    return _rows(tensor.data_ptr(), tensor.dtype, count, columns, width)
 
 
 @lru_cache(maxsize=4096)
