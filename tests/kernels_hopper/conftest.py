@@ -1,7 +1,10 @@
-"""Compile Gluon kernels for compute capability 9.0 without a GPU, and read what ptxas says of them."""
+"""Compile Gluon kernels for compute capability 9.0 without a GPU, and read what ptxas says of them (``compiler.py``)."""
 
-import re
+import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,28 +23,22 @@ class Resources(NamedTuple):
 @pytest.fixture(scope="session")
 def compile_for_hopper(tmp_path_factory):
     """compile_for_hopper(kernel, signature, constants, registers, warps=4) -> Resources."""
-    from machine_code import disassemble, reads_of_unwritten
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import compile as compile_kernel
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    folder = tmp_path_factory.mktemp("hopper")
+    folder, errors = Path(__file__).parent, tmp_path_factory.mktemp("hopper") / "errors"
+    with errors.open("w") as complaints:
+        compiler = subprocess.Popen(
+            [sys.executable, folder / "compiler.py"], cwd=folder.parents[1], text=True, stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(folder.parents[1])}, stdout=subprocess.PIPE, stderr=complaints,
+        )  # fmt: skip
+    assert compiler.stdin is not None
+    assert compiler.stdout is not None
 
     def build(kernel, signature, constants, registers, warps=4):
-        signature = signature | dict.fromkeys(constants, "constexpr")
-        pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
-        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-        source = GluonASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": warps, "maxnreg": registers}
-        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-        ptx = folder / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "kernel.cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-        text = report.stdout + report.stderr
-        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", text))
-        unwritten = reads_of_unwritten(disassemble(folder / "kernel.cubin"))
-        return Resources(compiled.metadata.shared, spilled, re.findall(r"C75\d\d", text), unwritten)
+        wanted = [kernel.fn.__module__, kernel.fn.__name__, signature, constants, registers, warps]
+        print(json.dumps(wanted), file=compiler.stdin, flush=True)
+        answer = compiler.stdout.readline()
+        assert answer, errors.read_text()
+        return Resources(*json.loads(answer))
 
-    return build
+    yield build
+    compiler.stdin.close()
+    compiler.wait()
