@@ -6,8 +6,10 @@
 
 The backward keeps the arrays of `prepare` and recomputes the states with one more scan, a piece of time at a time
 (``pieces``), the latest first.  Long sequences are cut into segments where there are few heads (``segments``): one more
-scan each way finds the segments' flows, ``compose`` their entry states, and then all segments run at once.  Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the
-chunked gated delta rule; the gradients are those of `gradient`.
+scan each way finds the segments' flows, ``compose`` their entry states, and then all segments run at once.
+
+Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of
+`gradient`.
 """
 
 from contextlib import nullcontext

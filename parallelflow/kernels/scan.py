@@ -83,10 +83,10 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
         k = tl.load(key + head_key + k_offset, mask=valid & k_inside, other=0.0)
         v = tl.load(value + head_value + v_offset, mask=valid & v_inside, other=0.0)
         entering = state.to(dtype)
-        if HALT:
-            place = (step // halt) * (tl.num_programs(0) // all_tiles) + sequence * HV + value_head
-            halting = state_inside & (step % halt == 0)
-            tl.store(halts + place.to(tl.int64) * K * V + across, state, mask=halting)
+        if HALT:  # noqa: SIM102 - settled while compiling
+            if step % halt == 0:
+                place = (step // halt) * (tl.num_programs(0) // all_tiles) + sequence * HV + value_head
+                tl.store(halts + place.to(tl.int64) * K * V + across, state, mask=state_inside)
         if SAVE:
             saved = v_column[:, None] * K + k_column[None, :]
             tl.store(entry_states + own_flat * K * V + saved, entering, mask=state_inside)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from . import gradient as portable_gradient
-from . import pieces
+from . import pieces, segments
 from . import prepare as portable_prepare
 from . import scan as portable_scan
-from . import segments
 from .arena import Arena
 from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
 from .launch import Remembered

@@ -1,4 +1,4 @@
-"""Compile Gluon kernels for compute capability 9.0 without a GPU, and read what ptxas says of them (``compiler.py``)."""
+"""Gluon kernels compiled for compute capability 9.0 without a GPU, and what ptxas says of them (``compiler.py``)."""
 
 import json
 import os
