@@ -95,7 +95,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
     """The chunks of packed sequences whose boundaries are known on the host: one table, one copy to the device, and the
     same tensors for all layers of a step, forward and backward."""

@@ -125,12 +125,15 @@ def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch,
              d_final_state: Tensor | None, found: Arguments, scale: float) -> None:  # fmt: skip
     """The launches of the backward pass, a group of sequences at a time."""
     for group in schedule.groups:
-        own, into = (Arguments(*map(group.sequences_of, tensors)) for tensors in (given, found))
+        own, into = (
+            Arguments(*map(group.tokens_of, tensors[:5]), group.states_of(tensors.initial_state))
+            for tensors in (given, found)
+        )
         prepared, halts = Prepared(*map(group.chunks_of, kept.prepared)), kept.halts
         if halts is not None and group.sequences is not None:
             halts = halts[:, group.sequences]
         _reverse_group(schedule, group, own, kept._replace(prepared=prepared, halts=halts), scratch,
-                       group.sequences_of(d_output), group.sequences_of(d_final_state), into, scale)  # fmt: skip
+                       group.tokens_of(d_output), group.states_of(d_final_state), into, scale)  # fmt: skip
 
 
 def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kept, scratch: Scratch, d_output: Tensor,

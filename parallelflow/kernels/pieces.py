@@ -7,12 +7,16 @@ halts, in float32), the reverse scan goes on from where it stopped, in float32 t
 follow. Every number is the one that a single piece gives, to the bit, so that the cut may depend on anything: on the
 batch as well, which no result may depend on.
 
-A batch that more than fills the card goes back a cardful of sequences at a time, the same way.
+A batch that more than fills the card goes back a cardful of sequences at a time, the same way.  Packed sequences do so
+alone, without pieces: a run of them at a time, where that keeps the card as busy.
 """
 
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from .chunks import Chunks, regular_chunks
+import torch
+
+from .chunks import Chunks, known_chunks, regular_chunks
 
 LARGEST = 2**28  # bytes of a piece's entry states; their gradients take as many again
 SMALL = 2**26  # bytes of all entry states with which one piece is enough
@@ -39,17 +43,21 @@ class Piece(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences of a batch and their chunks (None: all there are), how those lie, and the pieces in which they go back,
-    in the order of time."""
+    """Sequences that go back together and their chunks (None: all there are), how those lie, and the pieces in which
+    they go back, in the order of time."""
 
     sequences: slice | None
     chunks: slice | None
     layout: Chunks
     pieces: list[Piece]
 
-    def sequences_of(self, tensor: Any) -> Any:
-        """Its sequences of ``[B, …]`` or ``[N, …]`` (None of None)."""
+    def states_of(self, tensor: Any) -> Any:
+        """Its sequences of ``[N, …]`` (None of None)."""
         return tensor if self.sequences is None or tensor is None else tensor[self.sequences]
+
+    def tokens_of(self, tensor: Any) -> Any:
+        """Its sequences of ``[B, T, …]``; of a packed line all of it, of which pieces take their tokens."""
+        return tensor if self.layout.packed else self.states_of(tensor)
 
     def chunks_of(self, tensor: Any) -> Any:
         """Its chunks of ``[M, …]`` (None of None)."""
@@ -79,6 +87,43 @@ def groups_of(chunks: Chunks, chunk_bytes: int, programs: int, processors: int) 
         layout = regular_chunks(count, chunks.time, chunks.size)
         rows = slice(first * chunks.per_sequence, (first + count) * chunks.per_sequence)
         groups.append(Group(slice(first, first + count), rows, layout, _pieces(layout, length)))
+    return groups
+
+
+def packed_groups(starts: tuple[int, ...], size: int, chunk_bytes: int, programs: int, processors: int,
+                  device: torch.device) -> list[Group]:  # fmt: skip
+    """How a packed line goes back, runs of its sequences one after another: [] where it is to go back whole.
+
+    A run takes a quarter of the chunks, or as many as LARGEST allows.  A scan of a run lasts as long as its longest
+    sequence, or as its chunks keep the card; where the runs' scans would last a quarter longer than one scan of all,
+    there are none.
+    """
+    steps = [-(-(last - first) // size) for first, last in pairwise(starts)]
+    total = sum(steps)
+    if total * chunk_bytes <= SMALL:
+        return []
+    enough = min(-(-total // USUAL), max(1, LARGEST // chunk_bytes))
+    bounds, begun = [0], 0
+    for number, end in enumerate(accumulate(steps), 1):
+        if end - begun >= enough or (end == total and end > begun):
+            bounds.append(number)
+            begun = end
+    bounds[-1] = len(steps)  # empty sequences at the end
+
+    def duration(run: list[int]) -> float:
+        return max(max(run), sum(run) * programs / processors)
+
+    runs = list(pairwise(bounds))
+    if len(runs) < 2 or sum(duration(steps[first:last]) for first, last in runs) > 1.25 * duration(steps):
+        return []
+    chunks_before = [0, *accumulate(steps)]
+    groups = []
+    for first, last in runs:
+        edges = starts[first : last + 1]
+        layout = known_chunks(tuple(edge - edges[0] for edge in edges), size, device)
+        chunks = slice(chunks_before[first], chunks_before[last])
+        piece = Piece(slice(edges[0], edges[-1]), None, 0, layout)
+        groups.append(Group(slice(first, last), chunks, layout, [piece]))
     return groups
 
 

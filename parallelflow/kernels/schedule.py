@@ -76,7 +76,7 @@ class Schedule:
         self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)
         self.layout = chunks if self.segments is None else self.segments.layout
         self.overwrites = tied and self.gradient.may_overwrite(query, value)
-        self.groups = self._groups(programs, segments.processors(query.device))
+        self.groups = self._groups(programs, segments.processors(query.device), sequence_starts, query.device)
         self.halt = -(-self.groups[0].pieces[0].layout.length // chunks.size)  # chunks of a piece
         self.together = query.is_cuda and self.groups[0].layout.sequences * programs <= HALF_OF_A_CARD
         self.kept_bytes, self.passing_bytes, self.scratch_bytes = Arena(), Arena(), Arena()
@@ -96,12 +96,17 @@ class Schedule:
             return None
         return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, batch_invariant, device)
 
-    def _groups(self, programs: int, processors: int) -> list[Group]:
-        """How the batch goes back; segments, which are many and short, and packed lines in one piece."""
-        if self.chunks.packed or self.segments is not None or not self.chunks.count:
-            return pieces.whole(self.layout, self.chunks)
+    def _groups(self, programs: int, processors: int, starts: tuple[int, ...] | None,
+                device: torch.device) -> list[Group]:  # fmt: skip
+        """How the sequences go back; segments, which are many and short, all in one piece, and so does a packed line
+        of which only the device knows where its sequences end."""
+        chunks, groups = self.chunks, []
         state = prod(self.value.shape[2:]) * self.query.shape[3] * self.value.element_size()
-        return pieces.groups_of(self.chunks, state, programs, processors)
+        if self.segments is None and chunks.count and starts is not None:
+            groups = pieces.packed_groups(starts, chunks.size, state, programs, processors, device)
+        elif self.segments is None and chunks.count and not chunks.packed:
+            groups = pieces.groups_of(chunks, state, programs, processors)
+        return groups or pieces.whole(self.layout, chunks)
 
     def kept(self, arena: Arena, halting: bool = True) -> Kept:
         """The arrays of the forward pass, with or without what only a backward pass wants."""
@@ -120,19 +125,21 @@ class Schedule:
         """The arrays of the backward pass that do not outlive it."""
         value, dtype = self.value, self.value.dtype
         heads, v, k = *value.shape[2:], self.query.shape[3]
-        layout = self.groups[0].pieces[0].layout  # none is larger
-        entry_states = arena.empty(layout.count, heads, v, k, dtype=dtype)
-        innovation = carried = sources = exit_gradients = arena.empty(layout.count, heads, v, k, dtype=dtype)
+        layouts = [piece.layout for group in self.groups for piece in group.pieces]
+        layout, count = layouts[0], max(layout.count for layout in layouts)
+        entry_states = arena.empty(count, heads, v, k, dtype=dtype)
+        innovation = carried = sources = exit_gradients = arena.empty(count, heads, v, k, dtype=dtype)
         if self.tied and not self.overwrites:
             batch = value.shape[0] if layout.packed else layout.sequences
             # of several sequences R lies as their values do: the piece's first tokens of each are apart
-            innovation = arena.empty(batch, layout.length if batch == 1 else layout.time, heads, v, dtype=dtype)
+            length = layout.time if batch > 1 else max(layout.length for layout in layouts)
+            innovation = arena.empty(batch, length, heads, v, dtype=dtype)
         if self.segments is not None:
             carried = arena.empty(self.layout.sequences, heads, k, v, dtype=torch.float32)
             sources = arena.empty(self.segments.flows, heads, k, v, dtype=torch.float32)
         elif len(self.groups[0].pieces) > 1:
             carried = arena.empty(layout.sequences, heads, k, v, dtype=torch.float32)
-        sums = self.gradient.vacant_sums(arena, self.query, value, layout.count, self.chunks.size)
+        sums = self.gradient.vacant_sums(arena, self.query, value, count, self.chunks.size)
         return Scratch(entry_states, innovation, exit_gradients, carried, sources, sums)
 
     def workspace(self, arena: Arena, device: torch.device) -> Tensor:

@@ -1,5 +1,7 @@
 """The backward pass in pieces of time and groups of sequences: the same bits, fewer bytes."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -29,14 +31,14 @@ def inputs_of(batch, time, heads, value_heads, *, initial=True, sizes=(16, 16)):
     return {n: None if x is None else x.float().to(DEVICE) for n, x in drawn.items()}
 
 
-def gradients(inputs, *, tied=True, final=True, alone=False):
-    """All gradients; `final`: also of the final state; `alone`: the forward pass has left nothing."""
+def gradients(inputs, *, tied=True, final=True, alone=False, starts=None):
+    """All gradients; `final`: also of the final state; `alone`: the forward pass has left nothing; `starts`: packed."""
     generator = torch.Generator().manual_seed(3)
     value, key = inputs["value"], inputs["key"]
     d_output = torch.randn(value.shape, generator=generator).to(DEVICE)
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    shape = (len(starts) - 1 if starts else value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     d_final = torch.randn(shape, generator=generator).to(DEVICE) if final else None
-    options = {"tied": tied, "scale": 0.3, "initial_state": inputs["initial_state"]}
+    options = {"tied": tied, "scale": 0.3, "initial_state": inputs["initial_state"], "sequence_starts": starts}
     five = [inputs[n] for n in NAMES[:5]]
     saved = [] if alone else delta.forward(*five, save_for_backward=True, **options)[2]
     found = delta.backward(*five, saved, d_output, d_final, **options)
@@ -105,6 +107,22 @@ def test_a_cardful_of_sequences_at_a_time(tied, cut, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("final", [True, False])
+def test_packed_sequences_a_run_at_a_time(tied, final, cut, monkeypatch):
+    starts = (0, 0, 70, 100, 164, 164, 200, 201, 201)
+    drawn = draw(starts[-1], 1, 2, 16, 16, decay="mild", initial=True, sequences=len(starts) - 1)
+    inputs = {n: x.float().to(DEVICE) for n, x in drawn.items()}
+    whole = gradients(inputs, tied=tied, final=final, starts=starts)
+    cut()
+    monkeypatch.setattr(segments, "processors", lambda device: 1)
+    found = gradients(inputs, tied=tied, final=final, starts=starts)
+    assert [group.sequences for group in used().groups] == [slice(0, 2), slice(2, 4), slice(4, 8)]
+    assert [group.chunks for group in used().groups] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    for name, expected in whole.items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_nothing_is_read_that_nobody_wrote(tied, cut, monkeypatch):
     """A workspace full of NaN, whatever the dtype, changes no bit."""
     inputs = inputs_of(2, 130, 1, 2)
@@ -129,7 +147,23 @@ def test_where_it_is_cut():
     assert pieces.piece_length(2048, 2**32) == 128  # of 4 GiB a sixteenth
 
 
-GIB, MIB = 2**30, 2**20
+def test_where_a_packed_line_is_cut():
+    """Where the card stays as busy, and not for states that are few."""
+
+    def runs(lengths, chunk_bytes=2**20, processors=4):
+        starts = (0, *accumulate(64 * length for length in lengths))
+        found = pieces.packed_groups(starts, 64, chunk_bytes, 1, processors, torch.device(DEVICE))
+        return [(group.sequences.start, group.sequences.stop) for group in found]
+
+    assert runs([16] * 16) == [(0, 4), (4, 8), (8, 12), (12, 16)]
+    assert runs([16] * 4) == []  # four programs, which the card has at once
+    assert runs([160, *[4] * 24]) == [(0, 1), (1, 17), (17, 25)]  # lasts as long as the first in any case
+    assert runs([30, 5, 5, 5] * 8) == []  # each run would last as long as one of the long ones
+    assert runs([16] * 16, chunk_bytes=2**18) == []
+    assert len(runs([16] * 32, chunk_bytes=2**22)) == 8  # of 2 GiB
+
+
+MIB = 2**20
 
 
 @pytest.mark.parametrize(
