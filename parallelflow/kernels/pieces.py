@@ -21,7 +21,7 @@ from .chunks import Chunks, known_chunks, regular_chunks
 LARGEST = 2**28  # bytes of a piece's entry states; their gradients take as many again
 SMALL = 2**26  # bytes of all entry states with which one piece is enough
 USUAL = 4  # pieces of more than that: a quarter of the states, for three times three launches
-FEWEST = 16  # chunks of a piece: with fewer the scans' beginnings cost more than a tenth of them
+FEWEST = 16  # chunks of a piece: the stages' beginnings then take a sixth of the backward's time, with fewer more
 
 
 class Piece(NamedTuple):
