@@ -2,6 +2,10 @@
 
 A flat index `m` counts the chunks of all sequences.  In a regular batch of `B` sequences of `T` tokens it is
 `m = b * ceil(T / C) + i`; packed sequences carry tables.  Nothing here reads a device tensor on the host.
+
+A window of a regular batch is some whole chunks of each sequence, the same ones, or the last ones.  Its tensors begin
+with the window's first token and chunk; from one sequence to the next they go on by whole sequences.  Arrays made for
+the window alone count its own chunks.  Without a window, or packed, own chunks are chunks.
 """
 
 from functools import lru_cache
@@ -17,8 +21,9 @@ from torch import Tensor
 class Chunks(NamedTuple):
     """The chunks of a batch.
 
-    size: tokens in a chunk (C).  count: number of chunks (M).  sequences: number of sequences (N).
-    time: tokens of one sequence, of all when packed (T).  per_sequence: ceil(T / C), unused when packed.
+    size: tokens in a chunk (C).  count: number of own chunks (M).  sequences: number of sequences (N).
+    time: tokens from one sequence to the next, of all sequences when packed (T).  length: tokens of a sequence in the
+    window (T without one, and when packed).  per_sequence: ceil(T / C), unused when packed.
     table: int32 [M, 2], first token and number of tokens of each chunk (0 for the chunks that are only spare), or None.
     (segments.py makes layouts without a table, for the scans, which do not look at it.)
     cu_seqlens: int32 [N + 1], first token of each sequence, or None.
@@ -29,6 +34,7 @@ class Chunks(NamedTuple):
     count: int  # type: ignore[assignment]
     sequences: int
     time: int
+    length: int
     per_sequence: int
     table: Tensor | None
     cu_seqlens: Tensor | None
@@ -40,10 +46,11 @@ class Chunks(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def regular_chunks(batch: int, time: int, size: int) -> Chunks:
-    """The chunks of `batch` sequences of `time` tokens each."""
-    per_sequence = triton.cdiv(time, size)
-    return Chunks(size, batch * per_sequence, batch, time, per_sequence, None, None, None)
+def regular_chunks(batch: int, time: int, size: int, length: int | None = None) -> Chunks:
+    """The chunks of `batch` sequences of `time` tokens each, or of a window of `length` tokens of each."""
+    length = time if length is None else length
+    own = batch * triton.cdiv(length, size)
+    return Chunks(size, own, batch, time, length, triton.cdiv(time, size), None, None, None)
 
 
 def packed_chunks(cu_seqlens: Tensor, time: int, size: int, cu_seqlens_host: Tensor | None = None) -> Chunks:
@@ -66,7 +73,7 @@ def packed_chunks(cu_seqlens: Tensor, time: int, size: int, cu_seqlens_host: Ten
     first = cu_seqlens[owner] + (flat - offsets[owner]) * size
     length = (cu_seqlens[owner + 1] - first).clamp(0, size)
     table = torch.stack([first, length], dim=1).to(torch.int32).contiguous()
-    return Chunks(size, count, sequences, time, 0, table, cu_seqlens, offsets)
+    return Chunks(size, count, sequences, time, time, 0, table, cu_seqlens, offsets)
 
 
 def to_device(tables: list[list[int]], device: torch.device) -> list[Tensor]:
@@ -88,7 +95,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
     """The chunks of packed sequences whose boundaries are known on the host: one table, one copy to the device, and the
     same tensors for all layers of a step, forward and backward."""
@@ -100,7 +107,7 @@ def known_chunks(starts: tuple[int, ...], size: int, device: torch.device) -> Ch
         for token in range(first, last, size)
     ]  # fmt: skip
     edges, after, table = to_device([[*starts], offsets, [*chain.from_iterable(rows)]], device)
-    return Chunks(size, len(rows), len(counts), starts[-1], 0, table.view(-1, 2), edges, after)
+    return Chunks(size, len(rows), len(counts), starts[-1], starts[-1], 0, table.view(-1, 2), edges, after)
 
 
 @triton.jit
@@ -130,3 +137,30 @@ def locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED: t
         length = time
         chunk = sequence * per_sequence
     return first, length, chunk
+
+
+@triton.jit
+def locate_own_chunk(own, table, time, tokens, per_sequence, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token (int64) and number of tokens of an own chunk of a window of `tokens`; its number among all chunks."""
+    if PACKED:
+        first, length = locate_chunk(own, table, time, per_sequence, C, PACKED)
+        chunk = own.to(tl.int64)
+    else:
+        count = tl.cdiv(tokens, C)
+        sequence = (own // count).to(tl.int64)
+        step = own - sequence * count
+        first = sequence * time + step * C
+        length = tl.minimum(tokens - step * C, C)
+        chunk = sequence * per_sequence + step
+    return first, length, chunk
+
+
+@triton.jit
+def locate_window(sequence, cu_seqlens, offsets, time, tokens, per_sequence, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token (int64), number of tokens, first chunk and first own chunk of a sequence in a window of `tokens`."""
+    first, length, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
+    own = chunk
+    if not PACKED:
+        length = tokens
+        own = sequence * tl.cdiv(tokens, C)
+    return first, length, chunk, own

@@ -4,10 +4,12 @@
     else:   S_t = e^{g_t} S_{t-1} + beta_t k_t v_t^T                                  (linear attention, retention, SSD)
     o_t = scale S_t^T q_t
 
-The backward keeps the arrays of `prepare` and recomputes the states with one more scan.  Long sequences are cut into
-segments where there are few heads (``segments``): one more scan each way finds the segments' flows, ``compose`` their
-entry states, and then all segments run at once.  Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the
-chunked gated delta rule; the gradients are those of `gradient`.
+The backward keeps the arrays of `prepare` and recomputes the states with one more scan, a piece of time at a time
+(``pieces``), the latest first.  Long sequences are cut into segments where there are few heads (``segments``): one more
+scan each way finds the segments' flows, ``compose`` their entry states, and then all segments run at once.
+
+Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of
+`gradient`.
 """
 
 from collections.abc import Callable
@@ -57,7 +59,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
     schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
     output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
-    workspace = _forward(schedule, given, output, final, scale)
+    workspace = _forward(schedule, given, output, final, scale, save_for_backward)
     if sequence_starts is None and cu_seqlens is None and not save_for_backward:
         tell(
             lambda: Launched(
@@ -67,19 +69,23 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     return output, final, [workspace] if save_for_backward else []
 
 
-def _forward(schedule: Schedule, given: Arguments, output: Tensor, final: Tensor | None, scale: float) -> Tensor:
+def _forward(schedule: Schedule, given: Arguments, output: Tensor, final: Tensor | None, scale: float,
+             save_for_backward: bool) -> Tensor:  # fmt: skip
     """Fills output and final state; returns the workspace."""
-    workspace = schedule.workspace(schedule.kept_bytes, output.device)
+    size = schedule.kept_bytes if save_for_backward else schedule.passing_bytes
+    workspace = schedule.workspace(size, output.device)
 
     def launch() -> None:
-        kept = schedule.kept(Arena(workspace))
+        kept = schedule.kept(Arena(workspace), halting=save_for_backward)
         state = _enter(schedule, given, kept, scale)
         cut = schedule.segments
         schedule.scans.forward_scan(
             *given[:3], kept.prepared, schedule.layout, scale=scale, initial_state=state, output=output,
-            final_state=final, ended=None if cut is None else cut.ended)  # fmt: skip
+            final_state=final, ended=None if cut is None else cut.ended,
+            halts=kept.halts, halt=schedule.halt)  # fmt: skip
 
-    schedule.forward.run((*given, output, final, workspace), launch, scale)
+    remembered = schedule.forward if save_for_backward else schedule.passing
+    remembered.run((*given, output, final, workspace), launch, scale)
     return workspace
 
 
@@ -96,7 +102,7 @@ def _settle(schedule: Schedule, given: Arguments, scale: float) -> Callable[[tup
             given = Arguments(*own)
             if _are_aligned(given) != aligned:
                 return False
-            _forward(schedule, given, output, final, scale)
+            _forward(schedule, given, output, final, scale, False)
             return True
 
         return again
@@ -129,12 +135,13 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
 
     def launch() -> None:
         kept = schedule.kept(Arena(kept_space))
-        if saved:
-            state = given.initial_state if schedule.segments is None else kept.entries
-        else:
+        if not saved:
             state = _enter(schedule, given, kept, scale)
+            if kept.halts is not None:
+                schedule.scans.halting_scan(given.key, given.value, kept.prepared, schedule.chunks,
+                                            initial_state=state, halts=kept.halts, halt=schedule.halt)  # fmt: skip
         scratch = schedule.scratch(Arena(scratch_space))
-        _reverse(schedule, given, kept, scratch, state, d_output, d_final_state, found, scale)
+        _reverse(schedule, given, kept, scratch, d_output, d_final_state, found, scale)
 
     remembered = schedule.backward if saved else schedule.backward_alone
     remembered.run((*given, d_output, d_final_state, kept_space, scratch_space, *found), launch, scale)
@@ -144,7 +151,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
 def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Tensor | None:
     """Fill what is kept; the states from which the scan of the layout starts, None for zeros."""
     query, key, value, beta, log_decay, initial_state = given
-    prepared, flows, entries = kept
+    prepared, flows, entries, _ = kept
     schedule.prepare.prepare(query, key, beta, log_decay, schedule.chunks, scale=scale, into=prepared)
     cut = schedule.segments
     if cut is None:
@@ -154,53 +161,60 @@ def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Te
     return entries
 
 
-def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch, state: Tensor | None, d_output: Tensor,
+def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch, d_output: Tensor,
              d_final_state: Tensor | None, found: Arguments, scale: float) -> None:  # fmt: skip
     """The launches of the backward pass, a group of sequences at a time."""
     for group in schedule.groups:
-        own, into = (Arguments(*map(group.sequences_of, tensors)) for tensors in (given, found))
-        prepared = Prepared(*map(group.chunks_of, kept.prepared))
-        entering, leaving = group.sequences_of(state), group.sequences_of(d_final_state)
-        _reverse_group(schedule, group, own, kept._replace(prepared=prepared), scratch, entering,
-                       group.sequences_of(d_output), leaving, into, scale)  # fmt: skip
+        own, into = (
+            Arguments(*map(group.tokens_of, tensors[:5]), group.states_of(tensors.initial_state))
+            for tensors in (given, found)
+        )
+        prepared, halts = Prepared(*map(group.chunks_of, kept.prepared)), kept.halts
+        if halts is not None and group.sequences is not None:
+            halts = halts[:, group.sequences]
+        _reverse_group(schedule, group, own, kept._replace(prepared=prepared, halts=halts), scratch,
+                       group.tokens_of(d_output), group.states_of(d_final_state), into, scale)  # fmt: skip
 
 
-def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kept, scratch: Scratch,
-                   state: Tensor | None, d_output: Tensor, d_final_state: Tensor | None, found: Arguments,
-                   scale: float) -> None:  # fmt: skip
-    query, key, value, beta, log_decay, _ = given
-    scans, cut, device, prepared = schedule.scans, schedule.segments, value.device, kept.prepared
-    innovation = scratch.innovation[: value.shape[0]] if schedule.tied else value
-    if schedule.overwrites:
-        innovation = found.query
-    with aside(device) if schedule.together else nullcontext():
-        scans.recompute_scan(key, value, prepared, group.layout, initial_state=state,
-                             entry_states=scratch.entry_states, innovation=innovation)  # fmt: skip
-    d_state = d_final_state
+def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kept, scratch: Scratch, d_output: Tensor,
+                   d_final_state: Tensor | None, found: Arguments, scale: float) -> None:  # fmt: skip
+    """The launches for one group, from its latest piece to its first: states, their gradients, the inputs'."""
+    cut, scans, d_state = schedule.segments, schedule.scans, d_final_state
     if cut is not None:
-        scans.reverse_flow_scan(query, key, d_output, prepared, cut, scale=scale, d_final_state=d_state,
-                                sources=scratch.sources)  # fmt: skip
-        exit_gradients(kept.flows, scratch.sources, prepared.total, cut, d_state, tied=schedule.tied,
+        scans.reverse_flow_scan(given.query, given.key, d_output, kept.prepared, cut, scale=scale,
+                                d_final_state=d_state, sources=scratch.sources)  # fmt: skip
+        exit_gradients(kept.flows, scratch.sources, kept.prepared.total, cut, d_state, tied=schedule.tied,
                        into=scratch.carried)  # fmt: skip
         d_state = scratch.carried
-    for number, piece in enumerate(reversed(group.pieces)):
-        first = piece is group.pieces[0]
-        q, k, b, g, do, r, dv, *into = map(piece.tokens_of, (query, key, beta, log_decay, d_output, innovation,
-                                                             found.value, found.query, found.key, found.beta,
-                                                             found.log_decay))  # fmt: skip
-        part = Prepared(*map(piece.chunks_of, prepared))
-        exits = scratch.exit_gradients[: piece.layout.count]
-        d_entry = found.initial_state if first else scratch.carried[number % 2]
+    for piece in reversed(group.pieces):
+        query, key, value, beta, log_decay, do, dq, dk, dv, d_beta, d_log_decay = map(
+            piece.tokens_of, (*given[:5], d_output, *found[:5]))  # fmt: skip
+        prepared = Prepared(*map(piece.chunks_of, kept.prepared))
+        layout = group.layout if cut is not None else piece.layout
+        if kept.halts is None:
+            state = given.initial_state if cut is None else kept.entries
+        else:
+            state = kept.halts[piece.number]
+        if not schedule.tied:
+            innovation = value
+        elif schedule.overwrites:
+            innovation = dq
+        else:
+            innovation = scratch.innovation[: value.shape[0], : value.shape[1]]
+        with aside(value.device) if schedule.together else nullcontext():
+            scans.recompute_scan(key, value, prepared, layout, initial_state=state, entry_states=scratch.entry_states,
+                                 innovation=innovation)  # fmt: skip
+        d_entry = found.initial_state if piece.number == 0 else scratch.carried
         scans.reverse_scan(
-            q, k, do, part, group.layout if cut is not None else piece.layout, scale=scale, d_final_state=d_state,
-            exit_gradients=exits, d_value=dv, d_initial_state=d_entry,
+            query, key, do, prepared, layout, scale=scale, d_final_state=d_state,
+            exit_gradients=scratch.exit_gradients, d_value=dv, d_initial_state=d_entry,
             begun=None if cut is None else cut.begun)  # fmt: skip
         d_state = d_entry
         if schedule.together:
-            rejoin(device)
+            rejoin(value.device)
         schedule.gradient.gradient(
-            q, k, b, g, do, r, dv, piece.chunks_of(scratch.entry_states), exits, part, piece.layout, scale=scale,
-            sums=scratch.sums, into=Gradients(*into))  # fmt: skip
+            query, key, beta, log_decay, do, innovation, dv, scratch.entry_states, scratch.exit_gradients, prepared,
+            piece.layout, scale=scale, sums=scratch.sums, into=Gradients(dq, dk, d_beta, d_log_decay))  # fmt: skip
 
 
 _SCHEDULES: dict[tuple, Schedule] = {}

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arena import Arena
-from .chunks import Chunks, locate_chunk
+from .chunks import Chunks, locate_own_chunk
 from .launch import bind
 from .prepare import Prepared, decay_between
 from .products import float32_precision, shared_memory
@@ -61,17 +61,17 @@ def gram(left, right, row, valid, H: tl.constexpr, K: tl.constexpr, C: tl.conste
     return total
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence"])
+@triton.jit(do_not_specialize=["time", "tokens", "per_sequence"])
 def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_pairs, down_sums, cross_sums, aligned,
-                 table, time, per_sequence, scale,
+                 table, time, tokens, per_sequence, scale,
                  H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                  C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                  HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
                  STAGES: tl.constexpr):  # fmt: skip
     """dA and dB of one chunk and key head [2, C, C]; per value head their sums with the products they belong to."""
-    chunk = (tl.program_id(0) // H).to(tl.int64)
+    own_chunk = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
-    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    first, length, chunk = locate_own_chunk(own_chunk, table, time, tokens, per_sequence, C, PACKED)
     row = tl.arange(0, C)
     valid = row < length
     head_key = (first * H + head) * K
@@ -84,15 +84,16 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
     strict = row[:, None] > row[None, :]
     for j in range(HV // H):
         value_head = head * (HV // H) + j
-        flat = chunk * HV + value_head
+        flat = own_chunk * HV + value_head
         head_value = (first * HV + value_head) * V
         weight = tl.where(valid, 1.0, 0.0)
         if HAS_BETA:
             place = (first + row) * HV + value_head
             weight = tl.load(beta + place, mask=valid, other=0.0).to(tl.float32)
         if HAS_DECAY:
-            high = tl.load(cumulative + flat * 2 * C + row)
-            low = tl.load(cumulative + flat * 2 * C + C + row)
+            decays = cumulative + (chunk * HV + value_head) * 2 * C
+            high = tl.load(decays + row)
+            low = tl.load(decays + C + row)
         f = tl.zeros([C, C], tl.float32)
         n = tl.zeros([C, C], tl.float32)
         for part in tl.range(0, V, BV, num_stages=STAGES):
@@ -123,24 +124,24 @@ def pairs_kernel(query, key, beta, d_output, innovation, d_value, cumulative, d_
             tl.store(down_sums + flat * C + row, down)
         if HAS_DECAY:
             tl.store(cross_sums + flat * C + row, cross - down * weight)
-    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
+    square = (own_chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
     tl.store(d_pairs + square, da.to(d_pairs.dtype.element_ty))
     if TIED:
         tl.store(d_pairs + square + C * C, (db + tl.trans(db)).to(d_pairs.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence", "count"])
+@triton.jit(do_not_specialize=["time", "tokens", "per_sequence", "count"])
 def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states, exit_gradients, cumulative, d_pairs,
-                  d_query, d_key, entry_sums, exit_sums, overlaps, table, time, per_sequence, scale, count,
+                  d_query, d_key, entry_sums, exit_sums, overlaps, table, time, tokens, per_sequence, scale, count,
                   H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                   C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
                   TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
                   PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dQ and dK of one chunk, key head and tile of key channels, and that tile's part of the vector sums."""
     tile = tl.program_id(0) % TILES
-    chunk = (tl.program_id(0) // TILES // H).to(tl.int64)
+    own_chunk = (tl.program_id(0) // TILES // H).to(tl.int64)
     head = tl.program_id(0) // TILES % H
-    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    first, length, chunk = locate_own_chunk(own_chunk, table, time, tokens, per_sequence, C, PACKED)
     row = tl.arange(0, C)
     valid = row < length
     column = tile * BK + tl.arange(0, BK)
@@ -148,7 +149,7 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
     # the pairs come first: a product that feeds another one would bind all the warps to the rows
     q_tile = load_rows(query + head_key, row, valid, column, H, K)
     k_tile = load_rows(key + head_key, row, valid, column, H, K)
-    square = (chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
+    square = (own_chunk * H + head) * 2 * C * C + row[:, None] * C + row[None, :]
     da = tl.load(d_pairs + square)
     dq = tl.dot(da, k_tile, input_precision=PRECISION)
     dk = tl.dot(tl.trans(da), q_tile, input_precision=PRECISION)
@@ -156,7 +157,7 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
         dk += tl.dot(tl.load(d_pairs + square + C * C), k_tile, input_precision=PRECISION)
     for j in range(HV // H):
         value_head = head * (HV // H) + j
-        flat = chunk * HV + value_head
+        flat = own_chunk * HV + value_head
         part_flat = tile.to(tl.int64) * count * HV + flat
         head_value = (first * HV + value_head) * V
         base = flat * K * V
@@ -167,10 +168,11 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
         k = load_rows(key + head_key, row, valid, column, H, K)
         if HAS_DECAY:
             q = load_rows(query + head_key, row, valid, column, H, K)
-            high = tl.load(cumulative + flat * 2 * C + row)
-            low = tl.load(cumulative + flat * 2 * C + C + row)
-            end_high = tl.load(cumulative + flat * 2 * C + C - 1)
-            end_low = tl.load(cumulative + flat * 2 * C + 2 * C - 1)
+            decays = cumulative + (chunk * HV + value_head) * 2 * C
+            high = tl.load(decays + row)
+            low = tl.load(decays + C + row)
+            end_high = tl.load(decays + C - 1)
+            end_low = tl.load(decays + 2 * C - 1)
         q_entry = tl.zeros([C, BK], tl.float32)
         k_entry = tl.zeros([C, BK], tl.float32)
         k_exit = tl.zeros([C, BK], tl.float32)
@@ -213,20 +215,20 @@ def states_kernel(query, key, beta, d_output, innovation, d_value, entry_states,
     tl.store(d_key + offset, dk.to(d_key.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence", "count"])
+@triton.jit(do_not_specialize=["time", "tokens", "per_sequence", "count"])
 def sums_kernel(beta, down_sums, cross_sums, aligned, entry_sums, exit_sums, overlaps, d_beta, d_log_decay,
-                table, time, per_sequence, count,
+                table, time, tokens, per_sequence, count,
                 HV: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
                 TIED: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DECAY: tl.constexpr,
                 DIVISIBLE: tl.constexpr):  # fmt: skip
     """d(beta) and d(log_decay) of one chunk and a few value heads."""
     groups: tl.constexpr = (HV + HEADS - 1) // HEADS
-    chunk = (tl.program_id(0) // groups).to(tl.int64)
-    first, length = locate_chunk(chunk, table, time, per_sequence, C, PACKED)
+    own_chunk = (tl.program_id(0) // groups).to(tl.int64)
+    first, length, _ = locate_own_chunk(own_chunk, table, time, tokens, per_sequence, C, PACKED)
     head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     row = tl.arange(0, C)
     present = head < HV
-    flat = chunk * HV + head
+    flat = own_chunk * HV + head
     vector = flat[:, None] * C + row[None, :]
     inside = present[:, None] & (row < length)[None, :]
     place = (first + row)[None, :] * HV + head[:, None]
@@ -321,7 +323,7 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
         return
     pairs_options, states_options = configuration(key, d_output)
     tiles = triton.cdiv(k, states_options["BK"])
-    batch = chunks.table, chunks.time, chunks.per_sequence
+    batch = chunks.table, chunks.time, chunks.length, chunks.per_sequence
     flags = {"HV": value_heads, "C": c, "PACKED": chunks.packed, "TIED": tied, "HAS_BETA": has_beta,
              "HAS_DECAY": has_decay}  # fmt: skip
     sizes = {"H": heads, "K": k, "V": v, "PRECISION": float32_precision(key.device)}

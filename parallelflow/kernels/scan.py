@@ -17,22 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import Chunks, locate_sequence
+from .chunks import Chunks, locate_window
 from .launch import bind
 from .prepare import Prepared
 from .products import float32_precision, product, shared_memory
 from .segments import Segments
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence"])
+@triton.jit(do_not_specialize=["time", "tokens", "per_sequence", "halt"])
 def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total, initial_state,
-                   output, innovation, entry_states, final_state, cu_seqlens, offsets, flows,
-                   time, per_sequence, scale,
+                   output, innovation, entry_states, final_state, halts, cu_seqlens, offsets, flows,
+                   time, tokens, per_sequence, halt, scale,
                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    READ: tl.constexpr, SAVE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-                   FLOW: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   FLOW: tl.constexpr, HALT: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """From the first chunk to the last.  READ: write the outputs.  SAVE: write R and the chunks' entry states.
+    HALT: the state at the entry of every chunk whose number in its sequence ``halt`` divides goes to ``halts``.
 
     FLOW: the final states are [H | P] of the segments in ``flows``, but where a sequence begins it is what its initial
     state becomes, without P.  OWNED: only segments that end a sequence, which ``flows`` then names, store its state.
@@ -46,7 +48,7 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
     if FLOW:
         begun = tl.load(flows + 2 * number + 1)  # the sequence that begins here, else -1
         sequence = tl.load(flows + 2 * number)
-    first, length, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
+    first, length, chunk, own = locate_window(sequence, cu_seqlens, offsets, time, tokens, per_sequence, C, PACKED)
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
     v_column = tile * BV + tl.arange(0, BV)
@@ -58,6 +60,7 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
     head_key = (first * H + value_head // (HV // H)) * K
     head_value = (first * HV + value_head) * V
     flat = chunk.to(tl.int64) * HV + value_head
+    own_flat = own.to(tl.int64) * HV + value_head
     across = k_column[None, :] * V + v_column[:, None]  # the state in memory is [K, V]
     state_inside = k_inside & (v_column < V)[:, None]
     if FLOW:
@@ -80,9 +83,13 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
         k = tl.load(key + head_key + k_offset, mask=valid & k_inside, other=0.0)
         v = tl.load(value + head_value + v_offset, mask=valid & v_inside, other=0.0)
         entering = state.to(dtype)
+        if HALT:  # noqa: SIM102 - settled while compiling
+            if step % halt == 0:
+                place = (step // halt) * (tl.num_programs(0) // all_tiles) + sequence * HV + value_head
+                tl.store(halts + place.to(tl.int64) * K * V + across, state, mask=state_inside)
         if SAVE:
             saved = v_column[:, None] * K + k_column[None, :]
-            tl.store(entry_states + flat * K * V + saved, entering, mask=state_inside)
+            tl.store(entry_states + own_flat * K * V + saved, entering, mask=state_inside)
         decay = tl.load(from_start + flat * C + row)
         if TIED:
             solve = tl.load(inverse + flat * C * C + square)
@@ -105,6 +112,7 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
         head_key += C * H * K
         head_value += C * HV * V
         flat += HV
+        own_flat += HV
     if FLOW:
         width: tl.constexpr = V + (K if TIED else 0)
         channel = v_column
@@ -120,10 +128,10 @@ def forward_kernel(query, key, value, inverse, scores, from_start, to_end, total
         tl.store(final_state + whole_state + across, state, mask=state_inside & (owner >= 0))
 
 
-@triton.jit(do_not_specialize=["time", "per_sequence"])
+@triton.jit(do_not_specialize=["time", "tokens", "per_sequence"])
 def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, total, d_final_state,
                    d_value, exit_gradients, d_initial_state, cu_seqlens, offsets, flows,
-                   time, per_sequence, scale,
+                   time, tokens, per_sequence, scale,
                    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, TIED: tl.constexpr,
                    HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, FLOW: tl.constexpr,
@@ -142,7 +150,7 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
     if FLOW:
         ended = tl.load(flows + 2 * number + 1)  # the sequence that ends here, else -1
         sequence = tl.load(flows + 2 * number)
-    first, length, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
+    first, length, chunk, own = locate_window(sequence, cu_seqlens, offsets, time, tokens, per_sequence, C, PACKED)
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
     v_column = tile * BV + tl.arange(0, BV)
@@ -156,6 +164,7 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
     head_key = ((first + last * C) * H + value_head // (HV // H)) * K
     head_value = ((first + last * C) * HV + value_head) * V
     flat = (chunk + last).to(tl.int64) * HV + value_head
+    own_flat = (own + last).to(tl.int64) * HV + value_head
     across = k_column[None, :] * V + v_column[:, None]
     state_inside = k_inside & (v_column < V)[:, None]
     if HAS_FINAL:
@@ -173,7 +182,7 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
         leaving = state.to(dtype)
         if not FLOW:
             saved = v_column[:, None] * K + k_column[None, :]
-            tl.store(exit_gradients + flat * K * V + saved, leaving, mask=state_inside)
+            tl.store(exit_gradients + own_flat * K * V + saved, leaving, mask=state_inside)
         weight = tl.load(to_end + flat * C + row)
         decay = tl.load(from_start + flat * C + row)
         do = tl.trans(do)
@@ -190,6 +199,7 @@ def reverse_kernel(query, key, d_output, inverse, scores, from_start, to_end, to
         head_key -= C * H * K
         head_value -= C * HV * V
         flat -= HV
+        own_flat -= HV
     if HAS_INITIAL:
         owner = tl.load(flows + number) if OWNED else number
         whole_state = (tl.maximum(owner, 0).to(tl.int64) * HV + value_head) * K * V
@@ -220,15 +230,22 @@ def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
 
 
 def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None,
-                 ended: Tensor | None) -> None:  # fmt: skip
-    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V].
+                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None, ended: Tensor | None,
+                 halts: Tensor | None, halt: int) -> None:  # fmt: skip
+    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V] and the
+    states at the entry of every `halt`-th chunk, [P, N, HV, K, V].
 
     query, key [B, T, H, K], value [B, T, HV, V], contiguous; states in float32.  `ended`, of segments, says which
     sequence ends with each.
     """
     _forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale, output=output,
-             owners=ended)  # fmt: skip
+             owners=ended, halts=halts, halt=halt)  # fmt: skip
+
+
+def halting_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
+                 halts: Tensor, halt: int) -> None:  # fmt: skip
+    """The states at the entry of every `halt`-th chunk alone."""
+    _forward(key, value, prepared, chunks, initial_state, None, halts=halts, halt=halt)
 
 
 def flow_scan(key: Tensor, value: Tensor, prepared: Prepared, segments: Segments, *, initial_state: Tensor | None,
@@ -248,7 +265,7 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
 
 
 def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
-             innovation=None, entry_states=None, flows=None, owners=None):  # fmt: skip
+             innovation=None, entry_states=None, flows=None, owners=None, halts=None, halt=1):  # fmt: skip
     tied = prepared.inverse is not None
     options = configuration(key, value, tied)
     sizes = _sizes(key, value)
@@ -258,14 +275,14 @@ def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=
     launch = bind(
         forward_kernel, **sizes, C=chunks.size, PACKED=chunks.packed, TIED=tied,
         READ=output is not None, SAVE=entry_states is not None, HAS_INITIAL=initial_state is not None,
-        HAS_FINAL=final_state is not None, FLOW=flows is not None, OWNED=owners is not None,
+        HAS_FINAL=final_state is not None, FLOW=flows is not None, HALT=halts is not None, OWNED=owners is not None,
         PRECISION=float32_precision(key.device), **options)  # fmt: skip
     launch(
         programs * sizes["HV"],
         query, key, value, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
-        initial_state, output, innovation, entry_states, final_state, chunks.cu_seqlens, chunks.offsets,
+        initial_state, output, innovation, entry_states, final_state, halts, chunks.cu_seqlens, chunks.offsets,
         owners if flows is None else flows,
-        chunks.time, chunks.per_sequence, scale)  # fmt: skip
+        chunks.time, chunks.length, chunks.per_sequence, halt, scale)  # fmt: skip
 
 
 def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
@@ -299,4 +316,4 @@ def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_ini
         query, key, d_output, prepared.inverse, prepared.scores, prepared.from_start, prepared.to_end, prepared.total,
         d_final_state, d_value, exit_gradients, d_initial_state, chunks.cu_seqlens, chunks.offsets,
         owners if flows is None else flows,
-        chunks.time, chunks.per_sequence, scale)  # fmt: skip
+        chunks.time, chunks.length, chunks.per_sequence, scale)  # fmt: skip

@@ -3,7 +3,6 @@
 A call then takes one workspace from the allocator, in which every array has its place, and launches.
 """
 
-from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -11,66 +10,34 @@ import torch
 from torch import Tensor
 
 from . import gradient as portable_gradient
+from . import pieces, segments
 from . import prepare as portable_prepare
 from . import scan as portable_scan
-from . import segments
 from .arena import Arena
 from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
 from .launch import Remembered
+from .pieces import Group
 from .prepare import Prepared, vacant_arrays
 from .segments import Segments, known_segments, regular_segments
 
-LARGEST_STATES = 2**28  # bytes of exit gradients at a time
 HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
-
-
-class Piece(NamedTuple):
-    """A run of whole chunks: its tokens and its chunks (None: all there are), and how those lie."""
-
-    tokens: slice | None
-    chunks: slice | None
-    layout: Chunks
-
-    def tokens_of(self, tensor: Any) -> Any:
-        """Its tokens of ``[B, T, …]`` (None of None)."""
-        return tensor if self.tokens is None or tensor is None else tensor[:, self.tokens]
-
-    def chunks_of(self, tensor: Any) -> Any:
-        """Its chunks of ``[M, …]`` (None of None)."""
-        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
-
-
-class Group(NamedTuple):
-    """Sequences of a batch and their chunks (None: all there are), how those lie, and the pieces of time in which the
-    reverse scan halts for the gradients."""
-
-    sequences: slice | None
-    chunks: slice | None
-    layout: Chunks
-    pieces: list[Piece]
-
-    def sequences_of(self, tensor: Any) -> Any:
-        """Its sequences of ``[B, …]`` or ``[N, …]`` (None of None)."""
-        return tensor if self.sequences is None or tensor is None else tensor[self.sequences]
-
-    def chunks_of(self, tensor: Any) -> Any:
-        """Its chunks of ``[M, …]`` (None of None)."""
-        return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
 
 
 class Kept(NamedTuple):
     """What the forward pass leaves to the backward one: the arrays of ``prepare``; if sequences are cut, the segments'
-    flows and the states at their entries (else not to be used)."""
+    flows and the states at their entries (else not to be used); if they go back in pieces, the states at their entries
+    (else None)."""
 
     prepared: Prepared
     flows: Tensor
     entries: Tensor
+    halts: Tensor | None
 
 
 class Scratch(NamedTuple):
-    """What only the backward pass needs: the states at the chunks' entries, R, the gradients of the states at their
-    exits, of those at pieces' or segments' exits, what segments add to them, the gradient stage's own. What a problem
-    does not need has no place, and the exit gradients stand for it."""
+    """What only the backward pass needs, for a piece at a time: the states at the chunks' entries, R, the gradients of
+    the states at their exits; those at the exit of the piece or the segments, what segments add to them, the gradient
+    stage's own. What a problem does not need has no place, and the exit gradients stand for it."""
 
     entry_states: Tensor
     innovation: Tensor
@@ -109,12 +76,15 @@ class Schedule:
         self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)
         self.layout = chunks if self.segments is None else self.segments.layout
         self.overwrites = tied and self.gradient.may_overwrite(query, value)
-        self.groups = self._groups(programs, segments.processors(query.device))
+        self.groups = self._groups(programs, segments.processors(query.device), sequence_starts, query.device)
+        self.halt = -(-self.groups[0].pieces[0].layout.length // chunks.size)  # chunks of a piece
         self.together = query.is_cuda and self.groups[0].layout.sequences * programs <= HALF_OF_A_CARD
-        self.kept_bytes, self.scratch_bytes = Arena(), Arena()
+        self.kept_bytes, self.passing_bytes, self.scratch_bytes = Arena(), Arena(), Arena()
         self.kept(self.kept_bytes)
+        self.kept(self.passing_bytes, halting=False)
         self.scratch(self.scratch_bytes)
-        self.forward, self.backward, self.backward_alone = Remembered(), Remembered(), Remembered()
+        self.forward, self.passing = Remembered(), Remembered()
+        self.backward, self.backward_alone = Remembered(), Remembered()
 
     def _segments(self, programs: int, starts: tuple[int, ...] | None, batch_invariant: bool,
                   device: torch.device) -> Segments | None:  # fmt: skip
@@ -126,67 +96,50 @@ class Schedule:
             return None
         return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, batch_invariant, device)
 
-    def _groups(self, programs: int, processors: int) -> list[Group]:
-        """The backward pass goes through a batch that more than fills the card a cardful at a time, so that the states
-        need not all be there at once; results are the same to the bit."""
-        chunks = self.chunks
-        size = min(max(1, processors // programs), chunks.sequences)
-        if chunks.packed or self.segments is not None or self._bytes_of_states(chunks.count) <= LARGEST_STATES:
-            size = chunks.sequences
-        if size == chunks.sequences:
-            return [Group(None, None, self.layout, self._pieces(chunks))]
-        groups = []
-        for first in range(0, chunks.sequences, size):
-            count = min(size, chunks.sequences - first)
-            layout = regular_chunks(count, chunks.time, chunks.size)
-            rows = slice(first * chunks.per_sequence, (first + count) * chunks.per_sequence)
-            groups.append(Group(slice(first, first + count), rows, layout, self._pieces(layout)))
-        return groups
+    def _groups(self, programs: int, processors: int, starts: tuple[int, ...] | None,
+                device: torch.device) -> list[Group]:  # fmt: skip
+        """How the sequences go back; segments, which are many and short, all in one piece, and so does a packed line
+        of which only the device knows where its sequences end."""
+        chunks, groups = self.chunks, []
+        state = prod(self.value.shape[2:]) * self.query.shape[3] * self.value.element_size()
+        if self.segments is None and chunks.count and starts is not None:
+            groups = pieces.packed_groups(starts, chunks.size, state, programs, processors, device)
+        elif self.segments is None and chunks.count and not chunks.packed:
+            groups = pieces.groups_of(chunks, state, programs, processors)
+        return groups or pieces.whole(self.layout, chunks)
 
-    def _pieces(self, chunks: Chunks) -> list[Piece]:
-        """Where the reverse scan halts for the gradients: one long sequence in pieces whose states take at most
-        LARGEST_STATES bytes; whole groups and segments in one piece."""
-        size, count, time = chunks.size, chunks.count, chunks.time
-        parts = -(-self._bytes_of_states(count) // LARGEST_STATES)
-        if chunks.packed or chunks.sequences != 1 or parts <= 1 or self.segments is not None:
-            return [Piece(None, None, chunks)]
-        bounds = [count * part // parts for part in range(parts + 1)]
-        return [
-            Piece(slice(first * size, last * size), slice(first, last),
-                  regular_chunks(1, min(last * size, time) - first * size, size))
-            for first, last in pairwise(bounds)
-        ]  # fmt: skip
-
-    def _bytes_of_states(self, count: int) -> int:
-        return count * prod(self.value.shape[2:]) * self.query.shape[3] * self.value.element_size()
-
-    def kept(self, arena: Arena) -> Kept:
-        """The arrays of the forward pass."""
+    def kept(self, arena: Arena, halting: bool = True) -> Kept:
+        """The arrays of the forward pass, with or without what only a backward pass wants."""
         heads, v, k = *self.value.shape[2:], self.query.shape[3]
         prepared = vacant_arrays(arena, self.query.dtype, heads, self.chunks, tied=self.tied)
         cut = self.segments
         if cut is None:
-            return Kept(prepared, prepared.total, prepared.total)
+            halts, number = None, len(self.groups[0].pieces)
+            if number > 1 and halting:
+                halts = arena.empty(number, self.chunks.sequences, heads, k, v, dtype=torch.float32)
+            return Kept(prepared, prepared.total, prepared.total, halts)
         flows = arena.empty(cut.flows, heads, k, v + k if self.tied else v, dtype=torch.float32)
-        return Kept(prepared, flows, arena.empty(cut.layout.sequences, heads, k, v, dtype=torch.float32))
+        return Kept(prepared, flows, arena.empty(cut.layout.sequences, heads, k, v, dtype=torch.float32), None)
 
     def scratch(self, arena: Arena) -> Scratch:
         """The arrays of the backward pass that do not outlive it."""
         value, dtype = self.value, self.value.dtype
         heads, v, k = *value.shape[2:], self.query.shape[3]
-        largest = max(piece.layout.count for group in self.groups for piece in group.pieces)
-        chunks = self.chunks if self.segments is not None else self.groups[0].layout
-        entry_states = arena.empty(chunks.count, heads, v, k, dtype=dtype)
-        innovation = carried = sources = exit_gradients = arena.empty(largest, heads, v, k, dtype=dtype)
+        layouts = [piece.layout for group in self.groups for piece in group.pieces]
+        layout, count = layouts[0], max(layout.count for layout in layouts)
+        entry_states = arena.empty(count, heads, v, k, dtype=dtype)
+        innovation = carried = sources = exit_gradients = arena.empty(count, heads, v, k, dtype=dtype)
         if self.tied and not self.overwrites:
-            batch = value.shape[0] if chunks.packed else chunks.sequences
-            innovation = arena.empty(batch, *value.shape[1:], dtype=dtype)
+            batch = value.shape[0] if layout.packed else layout.sequences
+            # of several sequences R lies as their values do: the piece's first tokens of each are apart
+            length = layout.time if batch > 1 else max(layout.length for layout in layouts)
+            innovation = arena.empty(batch, length, heads, v, dtype=dtype)
         if self.segments is not None:
             carried = arena.empty(self.layout.sequences, heads, k, v, dtype=torch.float32)
             sources = arena.empty(self.segments.flows, heads, k, v, dtype=torch.float32)
-        elif any(len(group.pieces) > 1 for group in self.groups):
-            carried = arena.empty(2, 1, heads, k, v, dtype=torch.float32)
-        sums = self.gradient.vacant_sums(arena, self.query, value, largest, self.chunks.size)
+        elif len(self.groups[0].pieces) > 1:
+            carried = arena.empty(layout.sequences, heads, k, v, dtype=torch.float32)
+        sums = self.gradient.vacant_sums(arena, self.query, value, count, self.chunks.size)
         return Scratch(entry_states, innovation, exit_gradients, carried, sources, sums)
 
     def workspace(self, arena: Arena, device: torch.device) -> Tensor:

@@ -113,6 +113,6 @@ def _tables(starts: tuple[int, ...], size: int, lengths: tuple[int, ...], device
     trailing = chain.from_iterable((number, ended[number]) for number in range(count) if begun[number] < 0)
     parts = [edges, offsets, first, list(leading), list(trailing), begun, ended]
     tables = to_device(parts, device)
-    layout = Chunks(size, offsets[-1], count, starts[-1], 0, None, *tables[:2])
+    layout = Chunks(size, offsets[-1], count, starts[-1], starts[-1], 0, None, *tables[:2])
     return Segments(layout, sequences, count - sequences, tables[2], tables[3].view(-1, 2), tables[4].view(-1, 2),
                     *tables[5:])  # fmt: skip

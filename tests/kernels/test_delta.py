@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from delta_checks import DEVICE, check, draw, kernel_results
 from delta_recurrence import NAMES
 
-from parallelflow.kernels import chunks, delta, schedule, segments
+from parallelflow.kernels import chunks, delta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -83,41 +83,6 @@ def test_errors_name_the_argument():
     five = [None if x is None else x.float() for x in five]
     with pytest.raises(ValueError, match="beta"):
         delta.forward(*five[:3], None, None, tied=True, scale=1.0)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_long_sequence_goes_back_in_pieces(tied, monkeypatch):
-    """The reverse scan halts for the gradients, and the bits stay the same."""
-    inputs = {n: None if x is None else x.float().to(DEVICE) for n, x in
-              draw(130, 1, 2, 16, 16, decay="mild", initial=True).items()}  # fmt: skip
-    cotangents = torch.ones(1, 130, 2, 16, device=DEVICE), torch.ones(1, 2, 16, 16, device=DEVICE)
-    whole = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
-    monkeypatch.setattr(schedule, "LARGEST_STATES", 2 * 2 * 16 * 16 * 4)
-    monkeypatch.setattr(delta, "_SCHEDULES", {})
-    pieces = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
-    (used,) = delta._SCHEDULES.values()
-    (group,) = used.groups
-    assert [piece.tokens for piece in group.pieces] == [slice(0, 64), slice(64, 192)]
-    for name, expected in whole.items():
-        assert torch.equal(pieces[name], expected), name
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_large_batch_goes_back_in_groups(tied, monkeypatch):
-    """A cardful of sequences at a time, the last one alone and therefore in pieces, and the bits stay the same."""
-    inputs = {n: None if x is None else x.float().to(DEVICE) for n, x in
-              draw(70, 1, 1, 16, 16, batch=3, decay="mild", initial=True).items()}  # fmt: skip
-    cotangents = torch.ones(3, 70, 1, 16, device=DEVICE), torch.ones(3, 1, 16, 16, device=DEVICE)
-    whole = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
-    monkeypatch.setattr(schedule, "LARGEST_STATES", 16 * 16 * 4)
-    monkeypatch.setattr(segments, "processors", lambda device: 2)
-    monkeypatch.setattr(delta, "_SCHEDULES", {})
-    groups = kernel_results(inputs, cotangents, tied=tied, scale=0.3)
-    (used,) = delta._SCHEDULES.values()
-    assert [group.sequences for group in used.groups] == [slice(0, 2), slice(2, 3)]
-    assert [len(group.pieces) for group in used.groups] == [1, 2]
-    for name, expected in whole.items():
-        assert torch.equal(groups[name], expected), name
 
 
 @pytest.mark.parametrize("starts", [(0, 70), (0, 0, 64, 65, 200, 200), (0, 31, 160)])

@@ -29,7 +29,7 @@ def signature(arrays, pointers, key_size, dtype):
     types = {name: kinds[kind] for name, kind in arrays.items()}
     types |= dict.fromkeys(pointers, "*fp32")
     types |= {"cu_seqlens": "*i32", "offsets": "*i32", "flows": "*i32", "scale": "fp32"}
-    return types | dict.fromkeys(["tokens", "per_sequence", "key_heads", "heads", "value_dim"], "i32")
+    return types | dict.fromkeys(["tokens", "length", "per_sequence", "key_heads", "heads", "value_dim"], "i32")
 
 
 FORWARD = {
@@ -43,22 +43,26 @@ REVERSE = {
 
 
 @pytest.mark.parametrize(
-    ("key_size", "dtype", "tied", "output", "packed"),
+    ("key_size", "dtype", "tied", "output", "packed", "halt"),
     [
-        (128, "bf16", 1, 1, 0),
-        (128, "bf16", 1, 1, 1),
-        (128, "bf16", 1, 0, 1),
-        (128, "bf16", 0, 1, 1),
-        (128, "bf16", 0, 0, 0),
-        (64, "fp16", 1, 1, 1),
+        (128, "bf16", 1, 1, 0, 0),
+        (128, "bf16", 1, 1, 0, 1),
+        (128, "bf16", 1, 1, 1, 0),
+        (128, "bf16", 1, 0, 1, 0),
+        (128, "bf16", 1, 0, 0, 1),
+        (128, "bf16", 0, 1, 1, 0),
+        (128, "bf16", 0, 1, 0, 1),
+        (128, "bf16", 0, 0, 0, 0),
+        (64, "fp16", 1, 1, 1, 0),
+        (64, "fp16", 1, 1, 0, 1),
     ],
 )
-def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, packed):
+def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, packed, halt):
     constants = {
-        "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": output, "SAVE": 1 - output, "INITIAL": packed,
-        "FINAL": output, "FLOW": 0, "OWNED": packed, "PACKED": packed,
+        "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": output, "SAVE": int(not output and not halt),
+        "INITIAL": packed or halt, "FINAL": output, "FLOW": 0, "HALT": halt, "OWNED": packed, "PACKED": packed,
     }  # fmt: skip
-    types = signature(FORWARD, ["initial_state", "final_state"], key_size, dtype)
+    types = signature(FORWARD, ["initial_state", "final_state", "halts"], key_size, dtype) | {"halt": "i32"}
     resources = compile_for_hopper(forward_kernel, types, constants, 168 if output else 240)
     assert resources.shared_bytes <= SHARED_LIMIT
     assert resources.spilled_bytes == 0
@@ -88,9 +92,9 @@ def test_reverse_compiles(compile_for_hopper, key_size, dtype, tied, packed):
 def test_flows_compile(compile_for_hopper, key_size, dtype, tied, initial):
     constants = {
         "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": 0, "SAVE": 0, "INITIAL": initial, "FINAL": 1, "FLOW": 1,
-        "OWNED": 0, "PACKED": 1,
+        "HALT": 0, "OWNED": 0, "PACKED": 1,
     }  # fmt: skip
-    types = signature(FORWARD, ["initial_state", "final_state"], key_size, dtype)
+    types = signature(FORWARD, ["initial_state", "final_state", "halts"], key_size, dtype) | {"halt": "i32"}
     resources = compile_for_hopper(forward_kernel, types, constants, FLOW_REGISTERS)
     assert resources.shared_bytes <= SHARED_LIMIT // 2 - 1024  # two on a multiprocessor, 1 KB of each is the system's
     assert resources.spilled_bytes == 0

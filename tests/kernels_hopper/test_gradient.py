@@ -30,7 +30,7 @@ def signature(key_size, dtype):
         "scale": "fp32",
     }
     return types | dict.fromkeys(
-        ["items", "time", "per_sequence", "key_heads", "heads", "steps", "parts"], "i32"
+        ["items", "time", "length", "per_sequence", "key_heads", "heads", "steps", "parts"], "i32"
     )  # fmt: skip
 
 

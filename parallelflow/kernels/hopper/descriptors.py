@@ -1,5 +1,6 @@
 """TMA descriptors of the scans' arrays, made and encoded once per (address, shape, tile)."""
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -57,10 +58,12 @@ def rows(tensor: torch.Tensor, width: int, height: int = CHUNK) -> Descriptor:
 
     The row axis appears twice: coordinates (a, b) name row a + b − height, and b is cut at height.  A chunk with
     `valid` rows in its sequence is addressed as (first + valid, height − valid): rows past the end read as zero and are
-    never written, whatever lies there.
+    never written, whatever lies there. Of a window of a batch [B, T, …] the rows are those from its first to its last.
     """
     columns = tensor.shape[-1] * tensor.shape[-2]
-    return _rows(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, width, height)
+    own = math.prod(tensor.shape[1:-2])
+    count = (tensor.shape[0] - 1) * (tensor.stride(0) // columns) + own
+    return _rows(tensor.data_ptr(), tensor.dtype, count, columns, width, height)
 
 
 @lru_cache(maxsize=4096)

@@ -17,6 +17,8 @@ memory:
 
 The flows of segments (``kernels/segments.py``) are the same scan without the output role.  P is that of K more value
 channels, without values (the copy engine fills columns past the last with zeros) and from the identity.
+
+Where the backward pass is to begin again (``kernels/pieces.py``) the state role also stores its state as it is.
 """
 
 from triton.experimental import gluon
@@ -59,9 +61,10 @@ def load_role(
 
 @gluon.jit
 def state_role(
-    tiles, ready, free, handover, initial_pointer, final_pointer, begun, owner, unit, count, value_dim, width,
+    tiles, ready, free, handover, initial_pointer, final_pointer, halt_pointer, halt_stride, halt, begun, owner, unit,
+    count, value_dim, width,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, HAND: gl.constexpr,
-    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr,
+    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr, HALT: gl.constexpr,
 ):  # fmt: skip
     query_tiles, key_tiles, value_tiles, inverse_tiles, scores_tiles, from_start_tiles, to_end_tiles = tiles
     entry_tiles, solution_tiles, handed, taken = handover
@@ -101,6 +104,10 @@ def state_role(
     for i in range(count):
         slot = i % STAGES
         pair = i % 2
+        if HALT:  # noqa: SIM102 - settled while compiling
+            if i % halt == 0:  # no product is in flight here
+                place = halt_pointer + (i // halt) * halt_stride
+                gl.store(place + state_offsets(value_dim, state_layout, K), state)
         rounded = state.to(dtype)
         key = key_tiles.index(slot).reshape([64, K])
         if SOLVE:
@@ -176,7 +183,7 @@ def output_role(
 
 @gluon.jit
 def store_role(
-    descriptors, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim, first_column, count,
+    descriptors, handover, outward, first_token, end_token, own, head, column, heads, value_dim, first_column, count,
     SOLVE: gl.constexpr, OUTPUT: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     output, solution, entry = descriptors
@@ -189,7 +196,7 @@ def store_role(
             mbarrier.wait(handed.index(pair), (i // 2) & 1)
             fence_async_shared()
             tma.async_copy_shared_to_global(
-                entry, [((chunk + i) * heads + head) * value_dim + first_column, 0], entry_tiles.index(pair)
+                entry, [((own + i) * heads + head) * value_dim + first_column, 0], entry_tiles.index(pair)
             )
             if SOLVE:
                 tma.async_copy_shared_to_global(
@@ -214,14 +221,16 @@ def store_role(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "per_sequence", "key_heads", "heads", "value_dim"])
+@gluon.jit(do_not_specialize=["tokens", "length", "per_sequence", "halt", "key_heads", "heads", "value_dim"])
 def forward_kernel(
     query, key, value, inverse, scores, from_start, to_end, output, solution, entry, initial_state, final_state,
-    cu_seqlens, offsets, flows, scale, tokens, per_sequence, key_heads, heads, value_dim,
+    halts, cu_seqlens, offsets, flows, scale, tokens, length, per_sequence, halt, key_heads, heads, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, OUTPUT: gl.constexpr, SAVE: gl.constexpr,
-    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr, OWNED: gl.constexpr, PACKED: gl.constexpr,
+    INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr, HALT: gl.constexpr, OWNED: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
-    """FLOW: the final states are [H | P] of the segments in ``flows``, but where a sequence begins it is what its
+    """HALT: the state at the entry of every chunk whose number in its sequence ``halt`` divides goes to ``halts``.
+    FLOW: the final states are [H | P] of the segments in ``flows``, but where a sequence begins it is what its
     initial state becomes, without P.  OWNED: only segments that end a sequence, which ``flows`` then names, store its
     state."""
     program = gl.program_id(0)
@@ -242,7 +251,9 @@ def forward_kernel(
     if OWNED:
         owner = gl.load(flows + carried)
     key_head = head // (heads // key_heads)
-    first_token, end_token, chunk = locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED)
+    first_token, end_token, chunk, own = locate_sequence(
+        sequence, tokens, length, per_sequence, cu_seqlens, offsets, PACKED
+    )
     count = (end_token - first_token + 63) // 64
     first_column = part * 64
     column = head * value_dim + first_column
@@ -290,22 +301,24 @@ def forward_kernel(
     outward = (output_tile, output_ready, output_free)
     begins = initial_state + (gl.maximum(begun, 0) * heads + head).to(gl.int64) * K * value_dim + first_column
     ends = final_state + (gl.maximum(owner, 0) * heads + head).to(gl.int64) * K * width + first_column
+    halt_stride = (gl.num_programs(0) // parts).to(gl.int64) * K * value_dim
+    halt_pointer = halts + (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
     if OUTPUT:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, begins, ends, begun, owner, unit, count, value_dim, width, K,
-                          STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW)),
+            (state_role, (tiles, ready, free, handover, begins, ends, halt_pointer, halt_stride, halt, begun, owner,
+                          unit, count, value_dim, width, K, STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW, HALT)),
             (output_role, (tiles, ready, free, handover, outward, scale, count, K, STAGES, SOLVE)),
             (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
                          count, K, STAGES, SOLVE, OUTPUT)),
-            (store_role, (targets, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim,
+            (store_role, (targets, handover, outward, first_token, end_token, own, head, column, heads, value_dim,
                           first_column, count, SOLVE, OUTPUT, SAVE)),
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (state_role, (tiles, ready, free, handover, begins, ends, begun, owner, unit, count, value_dim, width, K,
-                          STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW)),
+            (state_role, (tiles, ready, free, handover, begins, ends, halt_pointer, halt_stride, halt, begun, owner,
+                          unit, count, value_dim, width, K, STAGES, SOLVE, HAND, INITIAL, FINAL, FLOW, HALT)),
             (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
                          count, K, STAGES, SOLVE, OUTPUT)),
-            (store_role, (targets, handover, outward, first_token, end_token, chunk, head, column, heads, value_dim,
+            (store_role, (targets, handover, outward, first_token, end_token, own, head, column, heads, value_dim,
                           first_column, count, SOLVE, OUTPUT, SAVE)),
         ], [1, 1], [40, 40])  # fmt: skip

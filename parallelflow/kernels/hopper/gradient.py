@@ -37,11 +37,11 @@ from .scan import fits as scans_fit
 REGISTERS = 168  # a thread, before the roles trade: 12 warps fill a multiprocessor
 
 
-@gluon.jit(do_not_specialize=["items", "time", "per_sequence", "key_heads", "heads", "steps", "parts"])
+@gluon.jit(do_not_specialize=["items", "time", "length", "per_sequence", "key_heads", "heads", "steps", "parts"])
 def gradient_kernel(
     query, key, d_output, d_value, innovation, entry_states, exit_gradients, d_query, d_key,
-    beta, cumulative, d_beta, d_log_decay, table, scale, items, time, per_sequence, key_heads, heads, steps, parts,
-    K: gl.constexpr, PARTS: gl.constexpr, PACKED: gl.constexpr, TIED: gl.constexpr, HAS_BETA: gl.constexpr,
+    beta, cumulative, d_beta, d_log_decay, table, scale, items, time, length, per_sequence, key_heads, heads, steps,
+    parts, K: gl.constexpr, PARTS: gl.constexpr, PACKED: gl.constexpr, TIED: gl.constexpr, HAS_BETA: gl.constexpr,
     HAS_DECAY: gl.constexpr, DIVISIBLE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
@@ -97,7 +97,7 @@ def gradient_kernel(
     vectors = (vector_tiles, vectors_ready)
     sums = (exit_sums, query_sums, key_sums, pair_row_sums, pair_column_sums, early_column_sums, late_row_sums,
             aligned_sums, overlap_sums, sums_ready, sums_free)  # fmt: skip
-    place = (items, key_heads, table, time, per_sequence)
+    place = (items, key_heads, (table, time, length, per_sequence))
     gl.warp_specialize([
         (compute_role, (row_ring, states, consumed, tokens, vectors, gram_tile, sums, outward, items, steps, scale,
                         K, PARTS, TIED, HAS_BETA, HAS_DECAY)),
@@ -154,5 +154,6 @@ def gradient(query: Tensor, key: Tensor, beta: Tensor | None, log_decay: Tensor 
         blocks(entry_states), blocks(exit_gradients), rows(d_query, k), rows(d_key, k),
         vacant if beta is None else beta, prepared.cumulative, vacant if d_beta is None else d_beta,
         vacant if d_log_decay is None else d_log_decay, chunks.table if chunks.packed else vacant,
-        scale, items, chunks.time, chunks.per_sequence, key_heads, heads, heads // key_heads * per_head, per_head,
+        scale, items, chunks.time, chunks.length, chunks.per_sequence, key_heads, heads, heads // key_heads * per_head,
+        per_head,
     )  # fmt: skip

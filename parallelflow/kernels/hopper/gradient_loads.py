@@ -22,10 +22,10 @@ def rows_role(sources, ring, consumed, place, steps, PARTS: gl.constexpr, TIED: 
     """Fetch R, dO and W of every step into a ring of four."""
     d_output, d_value, innovation = sources
     tiles, ready = ring
-    items, key_heads, table, time, per_sequence = place
+    items, key_heads, extent = place
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        first, length = locate_chunk(item // key_heads, table, time, per_sequence, PACKED)
+        first, length, _ = locate_chunk(item // key_heads, extent, PACKED)
         window, skip = window_of(first, length)
         column = item % key_heads * steps * (64 * PARTS)
         for _ in range(steps):
@@ -46,7 +46,7 @@ def states_role(sources, states, consumed, place, steps, K: gl.constexpr, PARTS:
     """Fetch E and S of every step, each into the one place it has."""
     entry_states, exit_gradients = sources
     entry_tiles, exit_tiles, entry_ready, exit_ready, exit_free = states
-    items, key_heads, table, time, per_sequence = place
+    items, key_heads, extent = place
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         row = item * steps * (64 * PARTS)
@@ -72,15 +72,14 @@ def vectors_role(
     query, key, beta, cumulative = sources
     query_tiles, key_tiles, tokens_ready, tokens_free = tokens
     vector_tiles, vectors_ready = vectors
-    items, key_heads, table, time, per_sequence = place
+    items, key_heads, extent = place
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     row = gl.arange(0, 64, layout)
     turn = 0
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        chunk = item // key_heads
         key_head = item % key_heads
-        first, length = locate_chunk(chunk, table, time, per_sequence, PACKED)
+        first, length, chunk = locate_chunk(item // key_heads, extent, PACKED)
         window, skip = window_of(first, length)
         stage = turn % 2
         await_step(tokens_free, turn - 2)

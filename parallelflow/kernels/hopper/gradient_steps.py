@@ -6,17 +6,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 @gluon.jit
-def locate_chunk(chunk, table, time, per_sequence, PACKED: gl.constexpr):
-    """First token of a chunk, counted from the start of the batch, and its number of tokens."""
+def locate_chunk(own, extent, PACKED: gl.constexpr):
+    """First token of an own chunk (``Chunks``), counted from the start of the batch, its number of tokens, and its
+    number among all chunks."""
+    table, time, length, per_sequence = extent
     if PACKED:
-        first = gl.load(table + 2 * chunk)
-        length = gl.load(table + 2 * chunk + 1)
+        first = gl.load(table + 2 * own)
+        valid = gl.load(table + 2 * own + 1)
+        chunk = own
     else:
-        sequence = chunk // per_sequence
-        step = (chunk - sequence * per_sequence) * 64
-        first = sequence * time + step
-        length = gl.minimum(time - step, 64)
-    return first, length
+        count = (length + 63) // 64
+        sequence = own // count
+        step = own - sequence * count
+        first = sequence * time + step * 64
+        valid = gl.minimum(length - step * 64, 64)
+        chunk = sequence * per_sequence + step
+    return first, valid, chunk
 
 
 @gluon.jit

@@ -24,7 +24,7 @@ def sums_role(
     vector_tiles, vectors_ready = vectors
     (exit_sums, query_sums, key_sums, pair_row_sums, pair_column_sums, early_column_sums, late_row_sums, aligned_sums,
      overlap_sums, sums_ready, sums_free) = sums  # fmt: skip
-    items, key_heads, table, time, per_sequence = place
+    items, key_heads, extent = place
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     pairs: gl.constexpr = gl.BlockedLayout([2, 2], [32, 1], [1, 1], [1, 0])
     columns: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 1], [1, 0])
@@ -33,9 +33,8 @@ def sums_role(
     turn = 0
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        chunk = item // key_heads
         key_head = item % key_heads
-        first, length = locate_chunk(chunk, table, time, per_sequence, PACKED)
+        first, length, _ = locate_chunk(item // key_heads, extent, PACKED)
         exits = gl.zeros([64], gl.float32, layout)
         slope = exits
         d_sum = exits

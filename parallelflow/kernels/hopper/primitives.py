@@ -5,17 +5,20 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED: gl.constexpr):
-    """First token, end token and first chunk of a sequence: from tables when packed, by arithmetic otherwise."""
+def locate_sequence(sequence, tokens, length, per_sequence, cu_seqlens, offsets, PACKED: gl.constexpr):
+    """First token, end token, first chunk and first own chunk (``Chunks``) of a sequence: from tables when packed, by
+    arithmetic otherwise."""
     if PACKED:
         first = gl.load(cu_seqlens + sequence)
         end = gl.load(cu_seqlens + sequence + 1)
         chunk = gl.load(offsets + sequence)
+        own = chunk
     else:
         first = sequence * tokens
-        end = first + tokens
+        end = first + length
         chunk = sequence * per_sequence
-    return first, end, chunk
+        own = sequence * ((length + 63) // 64)
+    return first, end, chunk, own
 
 
 @gluon.jit

@@ -161,7 +161,7 @@ def state_role(
 
 @gluon.jit
 def store_role(
-    descriptors, outward, first_token, end_token, chunk, head, column, heads, value_dim, first_column, count,
+    descriptors, outward, first_token, end_token, own, head, column, heads, value_dim, first_column, count,
 ):  # fmt: skip
     exit, solution = descriptors
     exit_tile, exit_ready, exit_free, solution_tile, solution_ready, solution_free = outward
@@ -170,7 +170,7 @@ def store_role(
         window, skip = chunk_window(first_token, end_token, i)
         mbarrier.wait(exit_ready, j & 1)
         fence_async_shared()
-        tma.async_copy_shared_to_global(exit, [((chunk + i) * heads + head) * value_dim + first_column, 0], exit_tile)
+        tma.async_copy_shared_to_global(exit, [((own + i) * heads + head) * value_dim + first_column, 0], exit_tile)
         tma.store_wait(1)
         mbarrier.arrive(solution_free, count=1, pred=j > 0)
         mbarrier.wait(solution_ready, j & 1)
@@ -181,10 +181,10 @@ def store_role(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "per_sequence", "key_heads", "heads", "value_dim"])
+@gluon.jit(do_not_specialize=["tokens", "length", "per_sequence", "key_heads", "heads", "value_dim"])
 def reverse_kernel(
     query, key, gradient, inverse, scores, from_start, to_end, exit, solution, final_gradient, initial_gradient,
-    cu_seqlens, offsets, flows, scale, tokens, per_sequence, key_heads, heads, value_dim,
+    cu_seqlens, offsets, flows, scale, tokens, length, per_sequence, key_heads, heads, value_dim,
     K: gl.constexpr, STAGES: gl.constexpr, SOLVE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr,
     FLOW: gl.constexpr, OWNED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,9 @@ def reverse_kernel(
     if OWNED:
         owner = gl.load(flows + carried)
     key_head = head // (heads // key_heads)
-    first_token, end_token, chunk = locate_sequence(sequence, tokens, per_sequence, cu_seqlens, offsets, PACKED)
+    first_token, end_token, chunk, own = locate_sequence(
+        sequence, tokens, length, per_sequence, cu_seqlens, offsets, PACKED
+    )
     count = (end_token - first_token + 63) // 64
     first_column = part * 64
     column = head * value_dim + first_column
@@ -266,6 +268,6 @@ def reverse_kernel(
             (adjoint_role, (tiles, ready, inward, scale, count, STAGES)),
             (load_role, (sources, tiles, ready, free, first_token, end_token, chunk, key_head, head, column, heads,
                          count, K, STAGES, SOLVE)),
-            (store_role, (targets, outward, first_token, end_token, chunk, head, column, heads, value_dim,
+            (store_role, (targets, outward, first_token, end_token, own, head, column, heads, value_dim,
                           first_column, count)),
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip

@@ -39,15 +39,22 @@ def tiles(key: Tensor, value: Tensor, tied: bool) -> int:
 
 
 def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None,
-                 ended: Tensor | None) -> None:  # fmt: skip
-    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V].
+                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None, ended: Tensor | None,
+                 halts: Tensor | None, halt: int) -> None:  # fmt: skip
+    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V] and the
+    states at the entry of every `halt`-th chunk, [P, N, HV, K, V].
 
     query, key [B, T, H, K], value [B, T, HV, V], contiguous; states in float32.  `ended`, of segments, says which
     sequence ends with each.
     """
     _forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale, output=output,
-             owners=ended)  # fmt: skip
+             owners=ended, halts=halts, halt=halt)  # fmt: skip
+
+
+def halting_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
+                 halts: Tensor, halt: int) -> None:  # fmt: skip
+    """The states at the entry of every `halt`-th chunk alone."""
+    _forward(key, value, prepared, chunks, initial_state, None, halts=halts, halt=halt)
 
 
 def flow_scan(key: Tensor, value: Tensor, prepared: Prepared, segments: Segments, *, initial_state: Tensor | None,
@@ -67,7 +74,7 @@ def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunk
 
 
 def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
-             innovation=None, entry_states=None, flows=None, owners=None) -> None:  # fmt: skip
+             innovation=None, entry_states=None, flows=None, owners=None, halts=None, halt=1) -> None:  # fmt: skip
     heads, value_dim, key_dim = value.shape[2], value.shape[3], key.shape[3]
     key_rows, value_rows, from_start = rows(key, key_dim), rows(value, 64), vectors(prepared.from_start)
     square = blocks(prepared.scores)
@@ -80,7 +87,8 @@ def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=
     launch = bind(
         forward_kernel, K=key_dim, STAGES=STAGES, SOLVE=int(solve), OUTPUT=int(need_output), SAVE=int(save),
         INITIAL=int(initial_state is not None), FINAL=int(final_state is not None), FLOW=int(flows is not None),
-        OWNED=int(owners is not None), PACKED=int(chunks.packed), num_warps=4, maxnreg=registers,
+        HALT=int(halts is not None), OWNED=int(owners is not None), PACKED=int(chunks.packed), num_warps=4,
+        maxnreg=registers,
     )  # fmt: skip
     launch(
         programs * heads,
@@ -91,10 +99,11 @@ def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=
         blocks(entry_states) if save else blocks(key),
         vacant if initial_state is None else initial_state,
         vacant if final_state is None else final_state,
+        vacant if halts is None else halts,
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
         next((table for table in (flows, owners) if table is not None), vacant),
-        scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
+        scale, chunks.time, chunks.length, chunks.per_sequence, halt, key.shape[2], heads, value_dim,
     )  # fmt: skip
 
 
@@ -137,5 +146,5 @@ def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_ini
         chunks.cu_seqlens if chunks.packed else vacant,
         chunks.offsets if chunks.packed else vacant,
         next((table for table in (flows, owners) if table is not None), vacant),
-        scale, chunks.time, chunks.per_sequence, key.shape[2], heads, value_dim,
+        scale, chunks.time, chunks.length, chunks.per_sequence, key.shape[2], heads, value_dim,
     )  # fmt: skip
