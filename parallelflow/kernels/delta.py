@@ -166,7 +166,7 @@ def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch,
     """The launches of the backward pass, a group of sequences at a time."""
     for group in schedule.groups:
         own, into = (
-            Arguments(*map(group.tokens_of, tensors[:5]), group.states_of(tensors.initial_state))
+            Arguments(*[*map(group.tokens_of, tensors[:5]), group.states_of(tensors.initial_state)])
             for tensors in (given, found)
         )
         prepared, halts = Prepared(*map(group.chunks_of, kept.prepared)), kept.halts
