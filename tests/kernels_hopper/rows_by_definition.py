@@ -32,6 +32,7 @@ def draw(layout, chunks, batch, time, dtype, source):
         lone_gram=normal(count, n, m, scale=SMALL / m**0.5) if r and lone else None,
         lone_scores=normal(count, q, m, scale=SMALL / m**0.5) if lone else None,
         total=None if channels is None else torch.rand(count, *channels, generator=generator),
+        floors=None,
     )
     values = None
     if source:
