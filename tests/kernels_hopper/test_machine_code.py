@@ -13,6 +13,8 @@ from machine_code import reads_of_unwritten
 
 CASES = ["32,32,1,1,1,bf16,0", "32,32,1,2,0,fp16,1", "64,64,1,1,1,bf16,0", "128,64,1,1,1,bf16,1"]
 
+ROWS = ["kda,128,bf16", "gla,64,fp16", "rwkv7,64,bf16", "product2,128,bf16"]
+
 FAULTY = """
         /*07e0*/                   UMOV UR11, 0x80000020 ;
         /*07f0*/                   UIADD3 UR12, UP1, UR12, 0x2, URZ ;
@@ -31,13 +33,27 @@ def test_reads_of_unwritten_registers_are_found():
     assert places == ["07f0", "0840", "0850", "0860"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_portable_kernels(case):
+def compiled(program, case):
+    """A line for each kernel: its name, and what it reads that nothing has written."""
     folder = Path(__file__).parent
-    found = subprocess.run([sys.executable, folder / "portable_launches.py", case], cwd=folder.parents[1],
+    found = subprocess.run([sys.executable, folder / program, case], cwd=folder.parents[1],
                            env={**os.environ, "PYTHONPATH": str(folder.parents[1])},
                            capture_output=True, text=True, check=False)  # fmt: skip
     assert found.returncode == 0, found.stderr
-    kernels = found.stdout.splitlines()
+    return found.stdout.splitlines()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_portable_kernels(case):
+    kernels = compiled("portable_launches.py", case)
     assert len(kernels) > 4
+    assert [line for line in kernels if "|" in line] == []
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_portable_kernels_of_rows(case):
+    kernels = compiled("portable_rows_launches.py", case)
+    names = {line.split(" | ")[0] for line in kernels}
+    assert {"gram_kernel", "scan_kernel", "pairs_kernel", "pull_kernel"} <= names
+    assert ("pull_strong_kernel" in names) == (not case.startswith("product"))
     assert [line for line in kernels if "|" in line] == []
