@@ -35,9 +35,11 @@ TOKENS = tuple(2**n for n in (20, 23, 27, 30))
 MODEL = {"op": "gated_delta_rule", "batch": 1, "time": 32768, "value_heads": 64}
 """The row of h200.json whose rates are taken: one sequence, 64 value heads of 128."""
 
-FIRST, SECOND, PULL = 1.05, 0.62, 0.60
-"""Times over a forward pass's, measured on that row's shape: the first half of the delta rule's kernels, the second,
-and what pulls the outputs' gradients back to the state that enters (``parallelflow/kernels/halves.py``)."""
+FIRST, SECOND, PULL = 1.04, 0.69, 0.62
+"""Times over a forward pass's of the two halves of the delta rule's kernels, and of what pulls the outputs' gradients
+back to the state that enters (``parallelflow/kernels/halves.py``), reckoned from the stages in
+docs/performance/segments.md: 0.31 of a forward pass prepares, and of the rest, the scan, flows take 1.05 times as long
+and the reverse flow 0.9 times."""
 
 INJECTED_RANKS = 8
 LATENCY = 0.04  # seconds a message, injected
