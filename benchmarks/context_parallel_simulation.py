@@ -97,9 +97,9 @@ class Device(NamedTuple):
 def simulated(device: Device) -> list[dict[str, Any]]:
     """A step of one layer, for every number of ranks and tokens: the time of the rank that has most to do.
 
-    A rank between two others runs the first half, waits for the exchange, runs the second, pulls the gradient back, waits
-    for the exchange backward, and runs backward. Where P is a diagonal it runs, and adds what the state that enters does
-    to its outputs by a product, and pulls back by another.
+    A rank between two others runs the first half, waits for the exchange, runs the second, pulls the gradient back,
+    waits for the exchange backward, and runs backward. Where P is a diagonal it runs, and adds what the state that
+    enters does to its outputs by a product, and pulls back by another.
     """
     rows = []
     for kind in ("dense", "diagonal"):
