@@ -35,6 +35,12 @@ TOKENS = tuple(2**n for n in (20, 23, 27, 30))
 MODEL = {"op": "gated_delta_rule", "batch": 1, "time": 32768, "value_heads": 64}
 """The row of h200.json whose rates are taken: one sequence, 64 value heads of 128."""
 
+FIRST, SECOND, PULL = 1.04, 0.69, 0.62
+"""Times over a forward pass's of the two halves of the delta rule's kernels, and of what pulls the outputs' gradients
+back to the state that enters (``parallelflow/kernels/halves.py``), reckoned from the stages in
+docs/performance/segments.md: 0.31 of a forward pass prepares, and of the rest, the scan, flows take 1.05 times as long
+and the reverse flow 0.9 times."""
+
 INJECTED_RANKS = 8
 LATENCY = 0.04  # seconds a message, injected
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
@@ -58,11 +64,12 @@ INFINIBAND = Link("InfiniBand, 20 µs and 50 GB/s", 20e-6, 50e9)
 
 
 class Device(NamedTuple):
-    """Seconds a token of one layer's flow, forward and backward, and of the product that pulls gradients back."""
+    """Seconds a token of one layer, forward and backward, and of a product with what each output says of the state that
+    enters, by the bytes that it reads and writes."""
 
     forward: float
     backward: float
-    pull: float
+    product: float
     heads: int
     size: int
 
@@ -75,8 +82,8 @@ class Device(NamedTuple):
         ]  # fmt: skip
         forward, both = (row[name] / row["time"] / 1e3 for name in ("forward_ms", "forward_backward_ms"))
         heads, size = row["value_heads"], row["value_dim"]
-        pull = 2 * heads * size * row["key_dim"] / (result["ceilings"]["bf16_tflop_s"] * 1e12)
-        return Device(forward, both - forward, pull, heads, size)
+        product = 3 * 2 * heads * size / (result["ceilings"]["copy_gb_s"] * 1e9)  # two arrays read, one written
+        return Device(forward, both - forward, product, heads, size)
 
     @property
     def state(self) -> int:
@@ -90,20 +97,24 @@ class Device(NamedTuple):
 def simulated(device: Device) -> list[dict[str, Any]]:
     """A step of one layer, for every number of ranks and tokens: the time of the rank that has most to do.
 
-    A rank between two others makes its flow (as many channels again as the values have, or none where P is a diagonal),
-    waits for the exchange, runs, pulls the gradient back, waits for the exchange backward, and runs backward.
+    A rank between two others runs the first half, waits for the exchange, runs the second, pulls the gradient back,
+    waits for the exchange backward, and runs backward. Where P is a diagonal it runs, and adds what the state that
+    enters does to its outputs by a product, and pulls back by another.
     """
     rows = []
     for kind in ("dense", "diagonal"):
         state, transition = device.state, device.transition(kind)
-        flow = device.forward * (2 if kind == "dense" else 1)
+        if kind == "dense":
+            more = device.forward * (FIRST + SECOND + PULL - 1)
+        else:
+            more = 2 * device.product
         for ranks in RANKS:
             link = NVLINK if ranks <= 8 else INFINIBAND
             ways = {way: link.seconds(way, ranks, state, transition) for way in exchange.METHODS}
             best = exchange.cheapest(ranks, ranks - 1, state, transition, link.latency * link.bandwidth)
             for tokens in TOKENS:
                 own = tokens / ranks
-                local = own * (flow + device.forward + device.pull + device.backward)
+                local = own * (device.forward + more + device.backward)
                 alone = tokens * (device.forward + device.backward)
                 rows.append({
                     "kind": kind, "ranks": ranks, "tokens": tokens, "link": link.name, "best": best,

@@ -162,11 +162,13 @@ def _remember(form: Form, key: tuple, tensors: tuple[Tensor, ...], way: Way | No
 def _way(seen: list[watch.Seen], tensors: tuple[Tensor, ...], options: dict[str, Any], result: Any) -> Way | None:
     """How to do it again: None unless one launch or operation was seen, which had for its tensors the arguments and
     what was derived of them, used all of them and made the result, and nothing but the arguments has a say, neither a
-    transform nor autocast."""
+    transform nor autocast nor other ranks."""
     device = tensors[0].device.type
     derived = [each for each in seen if isinstance(each, watch.Derived)]
     others = [each for each in seen if not isinstance(each, watch.Derived)]
     if len(others) != 1 or torch.is_autocast_enabled(device) or type(result) is not Result:
+        return None
+    if options.get("context_group") is not None:
         return None
     (one,) = others
     applied = isinstance(one, watch.Applied)

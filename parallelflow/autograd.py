@@ -39,22 +39,27 @@ class Setting(NamedTuple):
     batch_invariant: bool = True
     final: bool = True
 
-    def forward(self, untied: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def forward(
+        self, untied: Inputs, keep: bool, unrounded: bool = False
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Output, final states (None may stand for them if not ``final``), and what the backward pass starts from.
-        Here and in ``backward`` nothing is recorded: who calls has seen to that."""
+        Here and in ``backward`` nothing is recorded: who calls has seen to that.
+
+        ``unrounded``: the output as it was summed, where it is rounded last (on a GPU it is rounded all the same).
+        """
         inputs = self.tied(untied)
         if self.backend == "torch":
-            output, final, carries = self.plain(inputs)
+            output, final, carries = self.plain(inputs, unrounded)
             return output, final, carries if keep else []
         from parallelflow.kernels import backend
 
         return backend.forward(
-            inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant, self.final
+            inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant, self.final, unrounded
         )
 
-    def plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def plain(self, inputs: Inputs, unrounded: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The torch backend's forward pass."""
-        return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts)
+        return torch_backend.forward(inputs.stacked(), self.traits, self.plan, self.sequence_starts, unrounded)
 
     def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
         """Gradients of all that is passed through autograd; ``d_final`` None is zero."""

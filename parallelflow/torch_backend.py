@@ -136,15 +136,17 @@ def carry_count(plan: Plan, value_heads: int, time: int) -> int:
 
 
 def forward(
-    inputs: Inputs, traits: Traits, plan: Plan, sequence_starts: list[int] | None
+    inputs: Inputs, traits: Traits, plan: Plan, sequence_starts: list[int] | None, unrounded: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]``, and the states carried into the windows that continue
-    sequences, ``[B, HV, K, V]`` each."""
+    """Output ``[B, T, HV, V]`` (in the dtype of states if ``unrounded``), final states ``[N, HV, K, V]``, and the
+    states carried into the windows that continue sequences, ``[B, HV, K, V]`` each."""
     batch, time = inputs.query.shape[:2]
     engine = Engine(traits, sizes_of(inputs), plan)
     with without_autocast(inputs.query.device):
         initial = engine.initial(inputs, batch if sequence_starts is None else len(sequence_starts) - 1)
-        output = Assembly(inputs.query.new_empty(batch, time, engine.sizes.value_heads, engine.sizes.value_dim))
+        _, value_heads, _, value_dim, wide = engine.sizes
+        dtype = wide if unrounded else inputs.query.dtype
+        output = Assembly(inputs.query.new_empty(batch, time, value_heads, value_dim, dtype=dtype))
         carries: list[Tensor] = []
         finals: list[Tensor] = []
         carry = initial[:0]
@@ -170,14 +172,17 @@ def backward(
     d_output: Tensor,
     d_final: Tensor,
 ) -> Inputs:
-    """Gradients of all inputs, each in its dtype."""
+    """Gradients of all inputs, each in its dtype; ``saved`` are the carries, made again where there are none."""
     batch, time = inputs.query.shape[:2]
     engine = Engine(traits, sizes_of(inputs), plan)
     with without_autocast(inputs.query.device):
         d_final = d_final.to(engine.sizes.compute_dtype)
         initial = engine.initial(inputs, d_final.shape[0])
         windows = engine.windows(batch, time, sequence_starts)
-        carries = saved[: sum(window.unfinished for window in windows)]
+        carried = sum(window.unfinished for window in windows)
+        if len(saved) < carried:
+            saved = forward(inputs, traits, plan, sequence_starts)[2]
+        carries = list(saved[:carried])
         whole = [None if tensor is None else Assembly(torch.empty_like(tensor)) for tensor in inputs[:-1]]
         d_initial: list[Tensor] = []
         d_carry = d_final[:0]

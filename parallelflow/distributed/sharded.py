@@ -1,12 +1,15 @@
-"""The aggregate ``distributed``: local flow, exchange, local run; and the same backwards, with the flow transposed.
+"""The aggregate ``distributed``: local run, exchange, one product; and the same backwards, with the flow transposed.
 
-Forward, every rank finds the flow of its tokens, the exchange turns the flows into the states that enter the ranks, and
-every rank runs its tokens from there, as it would alone. Backward, the gradient of the state that enters a rank is
-``dS = Pᵀ dS_out + h``, an affine map of the gradient of the state that leaves, whose h is one product with what the
-forward pass kept (``pull_back``). So the second exchange comes first, and then one ordinary backward pass.
+Forward, every rank runs its tokens at once, before it knows the state that enters: the run gives the outputs from a
+zero state, the flow, and what every output says of the state that enters (``Passage``). The exchange turns the flows
+into the states that enter the ranks, and one product adds what those do to the outputs. Backward, the gradient of the
+state that enters a rank is ``dS = Pᵀ dS_out + h``, an affine map of the gradient of the state that leaves, whose h is
+one product with what the forward pass kept (``pull_back``). So the second exchange comes first, and then one ordinary
+backward pass. No rank's pass over its tokens waits for another's.
 
-The first rank of a sequence needs no flow, and its run tells what leaves; the last one's flow nobody needs, and it
-makes what its backward pass wants while the flows of others are under way.
+The first rank of a sequence knows the state that enters, and its run tells what leaves: where another sequence ends on
+it, that one runs while the exchange is under way. The last one sends nothing, and asks for its state once it has run:
+what waits on a GPU takes multiprocessors from what runs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from parallelflow.autograd import SLOTS, Setting
 from parallelflow.distributed import exchange
 from parallelflow.distributed.context import Context
-from parallelflow.distributed.flows import pull_back, shard_flow, transition_shape
+from parallelflow.distributed.flows import InHalves, Passage, first_half, pass_through, transition_shape
 from parallelflow.distributed.shards import Shard
 from parallelflow.flow import Flow
 from parallelflow.problem import Inputs, sizes_of
@@ -57,13 +61,21 @@ class Job:
         """The tokens of sequences that begin here, whose initial states the inputs have."""
         return _cut(untied, self.shard.head, untied.query.shape[1])
 
-    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The engine without a backward pass, on inputs whose ties are in place."""
-        backend = self.choose(inputs) if inputs.query.numel() else "torch"
-        setting = Setting(self.base.traits, self.base.plan, None, backend)
-        output, final, _ = setting.forward(inputs, keep=False)
-        assert final is not None
-        return output, final
+    def passage(self, untied: Inputs) -> Passage:
+        """The head's run, before its states are known."""
+        head = self.base.tied(_cut(untied, 0, self.shard.head))
+        return pass_through(head, self.plain(head), self.choose, self.recording)
+
+    def beginning(self, rest: Inputs) -> InHalves | None:
+        """The first half of a regular batch that begins here and goes on elsewhere, where runs come in halves."""
+        if self.shard.rest_starts is not None or not self.shard.unfinished:
+            return None
+        tied = self.base.tied(rest)
+        return first_half(tied, self.plain(tied))
+
+    def plain(self, tied: Inputs) -> Setting:
+        """The engine for tokens of a regular batch whose ties are in place."""
+        return Setting(self.base.traits, self.base.plan, None, self.choose(tied) if tied.query.numel() else "torch")
 
 
 def run(inputs: Inputs, job: Job) -> tuple[Tensor, Tensor]:
@@ -89,45 +101,51 @@ class _Sharded(torch.autograd.Function):
         finals: list[Tensor] = []
         kept_rest: list[Tensor] = []
         kept_head: list[Tensor] = []
-        entry = transition = entry_queries = None
+        seen: list[Tensor] = []
+        passage = beginning = None
         flow = _nothing(tied, shard.lanes)
         if shard.begins:
             rest = job.rest(untied)
+            beginning = job.beginning(rest)
+        if beginning is not None:  # what leaves is known before the run
+            started = flow.source if untied.initial_state is None else untied.initial_state
+            flow = flow._replace(source=exchange.apply(beginning.flow, started))
+        elif shard.begins:
             output, final, kept_rest = job.setting(rest, shard.rest_starts).forward(rest, job.recording)
             assert final is not None
             outputs, finals = [output], [final]
             if shard.unfinished:
                 finals, flow = [final[: -shard.lanes]], flow._replace(source=final[-shard.lanes :])
-        if shard.passing:
-            wanted = shard_flow(_cut(tied, 0, shard.head), job.run, source=True, entry_queries=job.recording)
-            flow, entry_queries = wanted
+        if shard.continued and (shard.passing or not shard.unfinished):
+            passage = job.passage(untied)
+            flow = passage.flow
         finish = exchange.start(job.context, flow, job.passing)
-        if shard.continued:
-            if shard.passing:
-                transition = flow.transition
-            elif job.recording:
-                wanted = shard_flow(_cut(tied, 0, shard.head), job.run, source=False, entry_queries=True)
-                transition, entry_queries = wanted.flow.transition, wanted.entry_queries
+        if shard.continued and passage is None:  # what leaves is known: it goes first
+            passage = job.passage(untied)
+        if beginning is not None:
+            output, kept_rest, _ = beginning.enter(started, job.recording)
+            outputs = [output]
         entry = finish()
-        if shard.continued:
-            head = job.head(untied, entry)
-            output, final, kept_head = job.setting(head).forward(head, job.recording)
-            assert final is not None
+        if passage is not None:
+            output, kept_head, seen = passage.enter(entry, job.recording)
             outputs.insert(0, output)
             if shard.head_ends:
-                finals.insert(0, final)
+                finals.insert(0, exchange.apply(passage.flow, entry))
         if job.recording:
-            ctx.job, ctx.counts = job, (len(kept_head), len(kept_rest))
-            ctx.save_for_backward(*tensors, entry, transition, entry_queries, *kept_head, *kept_rest)
+            transition = None if passage is None else passage.flow.transition
+            ctx.job, ctx.counts = job, (len(seen), len(kept_head))
+            ctx.pull = None if passage is None else passage.pull
+            ctx.save_for_backward(*tensors, entry, transition, *seen, *kept_head, *kept_rest)
             ctx.set_materialize_grads(False)
         return _join(outputs, partial(_no_output, tied)), _collect(job, finals, flow.source)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple:
-        job, (count, _) = ctx.job, ctx.counts
+        job, (count, stop) = ctx.job, accumulate(ctx.counts)
         saved = ctx.saved_tensors  # unpacked once: checkpointing allows no second time
-        tensors, (entry, transition, entry_queries, *kept) = saved[:SLOTS], saved[SLOTS:]
+        tensors, (entry, transition, *kept) = saved[:SLOTS], saved[SLOTS:]
+        seen, kept_head, kept_rest = kept[:count], kept[count:stop], kept[stop:]
         untied, shard = Inputs(*tensors), job.shard
         tied = job.base.tied(untied)
         if d_output is None:  # the others wait all the same
@@ -140,15 +158,15 @@ class _Sharded(torch.autograd.Function):
         flow = _nothing(tied, shard.lanes)
         if shard.continued:
             adjoint = _transposed(transition, entry.ndim)
-            pulled = pull_back(_cut(tied, 0, shard.head), job.base.traits, entry_queries, d_output_head)
-            flow = Flow(adjoint, pulled)
+            head = _cut(tied, 0, shard.head)
+            flow = Flow(adjoint, ctx.pull(head, job.plain(head), kept_head, seen, d_output_head))
             if d_head_end is not None:
                 flow = flow._replace(source=exchange.apply(flow, d_head_end))
         finish = exchange.start(job.context, flow, job.passing, reverse=True)
 
         def of_head(d_exit: Tensor) -> Inputs:
             head = job.head(untied, entry)
-            return job.setting(head).backward(head, list(kept[:count]), d_output_head.contiguous(), d_exit)
+            return job.setting(head).backward(head, kept_head, d_output_head.contiguous(), d_exit)
 
         found_head = of_head(d_head_end) if d_head_end is not None else None
         d_exit = finish()
@@ -159,7 +177,7 @@ class _Sharded(torch.autograd.Function):
             rest = job.rest(untied)
             d_finals = torch.cat([d_ends, d_exit]) if shard.unfinished else d_ends
             setting = job.setting(rest, shard.rest_starts)
-            found_rest = setting.backward(rest, list(kept[count:]), d_output_rest.contiguous(), d_finals)
+            found_rest = setting.backward(rest, kept_rest, d_output_rest.contiguous(), d_finals)
         return None, None, *_gradients(untied, found_head, found_rest)
 
 

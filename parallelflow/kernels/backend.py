@@ -161,17 +161,57 @@ def forward(
     keep: bool,
     batch_invariant: bool = True,
     need_final_state: bool = True,
+    unrounded: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again; ``tier`` as
-    of ``kernels_of``."""
+    of ``kernels_of``. ``unrounded``: the output in float32, on a CPU."""
     if tier == "cpu":
-        return flow.forward(inputs, traits, sequence_starts, keep)
+        return flow.forward(inputs, traits, sequence_starts, keep, unrounded)
     if tier in ROWS_OF.values():
         return _kernels("rows.engine").forward(inputs, traits, sequence_starts, tier, keep, need_final_state)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     return _kernels("delta").forward(
         *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
     )
+
+
+def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+    """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0, and
+    what the backward pass of the same tokens needs, whatever their initial states; None of a tier that has no way of
+    its own to do it."""
+    return _kernels("rows.engine").widened(inputs, traits, tier, keep) if tier in ROWS_OF.values() else None
+
+
+def add_read(output: Tensor, queries: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor | None] | None:
+    """``output + S^T y`` of every token, rounded once, and, if ``keep``, the queries y without what lies between them
+    (``read.add_read``); None where no kernel does it."""
+    if not TRITON or not output.is_cuda or output.dtype not in SUPPORTED or state.dtype != torch.float32:
+        return None
+    return _kernels("read").add_read(output, queries, state, keep)
+
+
+def begin(inputs: Inputs, traits: Traits, tier: str) -> Any:
+    """The first half of ``forward`` on a regular batch whose initial states are not known yet (``halves.Half``), which
+    ``finish`` finishes; None of a tier whose passes do not come in halves."""
+    if tier not in ("triton", "hopper"):
+        return None
+    return _kernels("halves").begin(*_arguments(inputs), **_of_halves(inputs, traits, tier))
+
+
+def finish(half: Any, initial_state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output, and what the backward pass needs not compute again."""
+    return _kernels("halves").finish(half, initial_state)
+
+
+def pull(inputs: Inputs, traits: Traits, tier: str, saved: list[Tensor], flows: Tensor, d_output: Tensor) -> Tensor:
+    """The gradient of the initial states ``[B, HV, K, V]``, as far as it reaches the output."""
+    options = _of_halves(inputs, traits, tier)
+    return _kernels("halves").pull(*_arguments(inputs), saved[0], flows, d_output, **options)
+
+
+def _of_halves(inputs: Inputs, traits: Traits, tier: str) -> dict:
+    options = _options(inputs, traits, None, tier, True)
+    return {name: options[name] for name in ("tied", "scale", "tier")}
 
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
     numbers on the host, with B = 1.  Head sizes up to 512.  The same bits for a sequence whatever else is in the batch
     if batch_invariant.
     """
-    given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
-    schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
+    given = Arguments(*contiguous(query, key, value, beta, log_decay, initial_state))
+    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
     output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
     workspace = _forward(schedule, given, output, final, scale, save_for_backward)
     if sequence_starts is None and cu_seqlens is None and not save_for_backward:
@@ -125,9 +125,9 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
 
     saved is the forward's; empty, the arrays of the forward pass are made again.
     """
-    given = Arguments(*_contiguous(query, key, value, beta, log_decay, initial_state))
-    d_output, d_final_state = _contiguous(d_output, d_final_state)
-    schedule = _schedule(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
+    given = Arguments(*contiguous(query, key, value, beta, log_decay, initial_state))
+    d_output, d_final_state = contiguous(d_output, d_final_state)
+    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
     device = given.value.device
     kept_space = saved[0] if saved else schedule.workspace(schedule.kept_bytes, device)
     scratch_space = schedule.workspace(schedule.scratch_bytes, device)
@@ -221,7 +221,7 @@ _SCHEDULES: dict[tuple, Schedule] = {}
 LARGEST_MEMORY = 256  # problems
 
 
-def _schedule(given: Arguments, tied: bool, tier: str, batch_invariant: bool, starts: tuple[int, ...] | None,
+def schedule_of(given: Arguments, tied: bool, tier: str, batch_invariant: bool, starts: tuple[int, ...] | None,
               cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Schedule:  # fmt: skip
     """What is known of problems like this one.  Those whose boundaries only the device knows are all unlike."""
     query, key, value, beta, log_decay, initial_state = given
@@ -245,7 +245,7 @@ def _schedule(given: Arguments, tied: bool, tier: str, batch_invariant: bool, st
     return schedule
 
 
-def _contiguous(*tensors: Tensor | None) -> Any:
+def contiguous(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 

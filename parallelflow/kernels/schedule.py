@@ -70,7 +70,7 @@ class Schedule:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks, tied: bool, tier: str,
                  batch_invariant: bool, sequence_starts: tuple[int, ...] | None) -> None:  # fmt: skip
         self.query, self.value = (torch.empty_like(tensor, device="meta") for tensor in (query, value))
-        self.chunks, self.tied = chunks, tied
+        self.chunks, self.tied, self.device = chunks, tied, query.device
         self.prepare, self.scans, self.gradient = stages(tier, query, key, value, chunks)
         programs = value.shape[2] * self.scans.tiles(key, value, tied)
         self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)

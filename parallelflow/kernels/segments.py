@@ -31,6 +31,7 @@ class Segments(NamedTuple):
     [F, 2], all but the last of each sequence, each beside the sequence that begins with it, else -1.  trailing: int32
     [F, 2], all but the first, each beside the sequence that ends with it, else -1.  begun, ended: int32 [S], the
     sequence that begins or ends with each segment, else -1.
+    length: chunks of all segments but each sequence's last, of a regular batch (else 0).
     So segment g of sequence n has row g - n of ``leading`` and row g - n - 1 of ``trailing``.
     """
 
@@ -42,6 +43,7 @@ class Segments(NamedTuple):
     trailing: Tensor
     begun: Tensor
     ended: Tensor
+    length: int = 0
 
 
 def segment_length(steps: int, rivals: int, programs: int, processors: int, batch_invariant: bool) -> int:
@@ -77,7 +79,7 @@ def regular_segments(batch: int, time: int, size: int, programs: int, batch_inva
 
 @lru_cache(maxsize=64)
 def _regular(batch: int, time: int, size: int, length: int, device: torch.device) -> Segments:
-    return _tables(tuple(range(0, batch * time + 1, time)), size, (length,) * batch, device)
+    return _tables(tuple(range(0, batch * time + 1, time)), size, (length,) * batch, device)._replace(length=length)
 
 
 def known_segments(starts: tuple[int, ...], size: int, programs: int, batch_invariant: bool,
@@ -115,4 +117,4 @@ def _tables(starts: tuple[int, ...], size: int, lengths: tuple[int, ...], device
     tables = to_device(parts, device)
     layout = Chunks(size, offsets[-1], count, starts[-1], starts[-1], 0, None, *tables[:2])
     return Segments(layout, sequences, count - sequences, tables[2], tables[3].view(-1, 2), tables[4].view(-1, 2),
-                    *tables[5:])  # fmt: skip
+                    tables[5], tables[6])  # fmt: skip

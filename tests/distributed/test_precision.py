@@ -30,7 +30,8 @@ def joined(found: list[dict]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", STRUCTURES, ids=by_name)
 def test_bfloat16_over_ranks_is_within_the_budget(ranks, case):
-    """Outputs, final states and gradients: twice the error of rounding what goes in and what comes out."""
+    """Outputs, final states and gradients: twice the error of rounding what goes in and what comes out. Outputs are
+    summed unrounded, so that theirs is one device's but for the few that fall on another side of a rounding."""
     inputs = case.inputs(case.sizes(SIZES))
     narrow = round_inputs(inputs, torch.bfloat16, keep=("log_decay",))
     call = (case.function, case.options)
@@ -42,6 +43,8 @@ def test_bfloat16_over_ranks_is_within_the_budget(ranks, case):
         unavoidable = relative_error(rounded[name].to(found[name].dtype), exact)
         error = relative_error(found[name], exact)
         assert error <= max(2 * unavoidable, FLOOR), f"{name}: {error:.2e}, allowed {2 * unavoidable:.2e}"
+    one = relative_error(alone(call, narrow, None, None)["output"], reference["output"])
+    assert relative_error(found["output"], reference["output"]) <= 1.01 * one
 
 
 @pytest.mark.skipif(build.COMPILER is None, reason="no C++ compiler")

@@ -86,13 +86,14 @@ def test_reverse_compiles(compile_for_hopper, key_size, dtype, tied, packed):
 
 
 @pytest.mark.parametrize(
-    ("key_size", "dtype", "tied", "initial"),
-    [(128, "bf16", 1, 1), (128, "bf16", 1, 0), (128, "bf16", 0, 1), (64, "fp16", 1, 0)],
-)
-def test_flows_compile(compile_for_hopper, key_size, dtype, tied, initial):
+    ("key_size", "dtype", "tied", "initial", "packed"),
+    [(128, "bf16", 1, 1, 1), (128, "bf16", 1, 0, 1), (128, "bf16", 0, 1, 1), (64, "fp16", 1, 0, 1),
+     (128, "bf16", 1, 0, 0), (128, "bf16", 0, 0, 0)],
+)  # fmt: skip
+def test_flows_compile(compile_for_hopper, key_size, dtype, tied, initial, packed):
     constants = {
         "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": 0, "SAVE": 0, "INITIAL": initial, "FINAL": 1, "FLOW": 1,
-        "HALT": 0, "OWNED": 0, "PACKED": 1,
+        "HALT": 0, "OWNED": 0, "PACKED": packed,
     }  # fmt: skip
     types = signature(FORWARD, ["initial_state", "final_state", "halts"], key_size, dtype) | {"halt": "i32"}
     resources = compile_for_hopper(forward_kernel, types, constants, FLOW_REGISTERS)
@@ -102,10 +103,13 @@ def test_flows_compile(compile_for_hopper, key_size, dtype, tied, initial):
     assert not SERIALISED & set(resources.remarks)
 
 
-@pytest.mark.parametrize(("key_size", "dtype", "tied", "final"), [(128, "bf16", 1, 1), (64, "fp16", 0, 0)])
-def test_reverse_flows_compile(compile_for_hopper, key_size, dtype, tied, final):
+@pytest.mark.parametrize(
+    ("key_size", "dtype", "tied", "final", "packed"),
+    [(128, "bf16", 1, 1, 1), (64, "fp16", 0, 0, 1), (128, "bf16", 1, 0, 1), (128, "bf16", 1, 0, 0)],
+)
+def test_reverse_flows_compile(compile_for_hopper, key_size, dtype, tied, final, packed):
     constants = {"K": key_size, "STAGES": 3, "SOLVE": tied, "FINAL": final, "INITIAL": 1, "FLOW": 1, "OWNED": 0,
-                 "PACKED": 1}  # fmt: skip
+                 "PACKED": packed}  # fmt: skip
     types = signature(REVERSE, ["final_gradient", "initial_gradient"], key_size, dtype)
     resources = compile_for_hopper(reverse_kernel, types, constants, 168)
     assert resources.shared_bytes <= SHARED_LIMIT

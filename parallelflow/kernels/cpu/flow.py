@@ -143,10 +143,13 @@ class _Call:
         _, value_heads, key_dim, value_dim, _ = self.sizes
         return self.inputs.query.new_empty(count, value_heads, key_dim, value_dim, dtype=WIDE)
 
-    def results(self) -> tuple[Tensor, Tensor]:
-        """Memory for the output and the final states."""
+    def results(self, unrounded: bool = False) -> tuple[Tensor, Tensor]:
+        """Memory for the output (in float32 if ``unrounded``) and the final states."""
         _, value_heads, _, value_dim, _ = self.sizes
-        return self.inputs.query.new_empty(self.batch, self.time, value_heads, value_dim), self.states(self.sequences)
+        query = self.inputs.query
+        dtype = WIDE if unrounded else query.dtype
+        output = query.new_empty(self.batch, self.time, value_heads, value_dim, dtype=dtype)
+        return output, self.states(self.sequences)
 
     def problem(
         self,
@@ -183,20 +186,21 @@ class _Call:
 
 
 def forward(
-    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool
+    inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, keep: bool, unrounded: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output [B, T, HV, V], final states [N, HV, K, V] in float32 and, if ``keep``, the states that enter the windows.
+    """Output [B, T, HV, V] (in float32 if ``unrounded``), final states [N, HV, K, V] in float32 and, if ``keep``, the
+    states that enter the windows.
 
     Inputs in float32, bfloat16 or float16, K and V at most 512, at most 16 rows a token; sequence_starts: the packed
     sequences' first tokens, and T. Products and sums are in float32.
     """
     call = _Call(inputs, traits, sequence_starts)
-    if not keep:
+    if not keep and not unrounded:
         return *_only_forward(call, "parallelflow_forward"), []
-    output, final = call.results()
-    entries = call.states(call.windows[-1])
+    output, final = call.results(unrounded)
+    entries = call.states(call.windows[-1]) if keep else None
     call.run("parallelflow_forward", call.problem(output, final, entries))
-    return output, final, [entries]
+    return output, final, [] if entries is None else [entries]
 
 
 def step(inputs: Inputs, traits: Traits) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
 """Rows of every kind, forward and backward: prepare, scan; then scan again, scan in reverse, pairs, pull."""
 
+from dataclasses import replace
+
 from torch import Tensor
+from torch.nn.functional import pad
 
 from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
 from parallelflow.kernels.rows.layout import VECTOR_DECAY, Factor, Layout
@@ -67,6 +70,23 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, t
     scan = scan_of(tier, rows.layout, rows.chunks)
     output, final = forward_scan(scan, prepared, rows.source, rows.given, rows.layout, rows.chunks,
                                  initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
+    return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
+
+
+def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0:
+    what ``prepare`` made is that of the same tokens with any initial state, and chunks are those of the values."""
+    assert inputs.initial_state is not None
+    rows = Rows(inputs, traits, None)
+    layout = replace(rows.layout, V=inputs.initial_state.shape[-1])
+    more = layout.V - rows.layout.V
+    source = None if rows.source is None else rows.source._replace(vector=pad(rows.source.vector, (0, more)))
+    given = None if rows.given is None else pad(rows.given, (0, more))
+    prepared = rows.prepare()
+    scan = scan_of(tier, layout, rows.chunks)
+    output, final = forward_scan(scan, prepared, source, given, layout, rows.chunks, initial_state=rows.initial,
+                                 final_state=True)  # fmt: skip
+    assert final is not None
     return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
 
 
