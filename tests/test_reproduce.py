@@ -117,6 +117,9 @@ def test_substitution_holds_no_more_than_a_few_solutions(solver):
     assert peak(lambda: SOLVERS[solver](gram, 2).solve(right)) <= 12 * right.numel()
 
 
+PARTS = dict(parts.PARTS)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Every part with a few of its figures."""
@@ -196,6 +199,7 @@ def test_figures_of_another_machine_size_or_version_are_measured_again(tmp_path,
 
 def test_a_killed_run_is_taken_up(small, tmp_path):
     """SIGKILL while figures come in, then the same command again."""
+    complete = PARTS["complexity"].settings(True)
     command = [sys.executable, "-m", "parallelflow.cli", "reproduce", "--quick", "--only", "complexity"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.Popen([*command, "--output", str(tmp_path)], env=environment, stdout=subprocess.DEVNULL)
@@ -205,7 +209,9 @@ def test_a_killed_run_is_taken_up(small, tmp_path):
         time.sleep(0.001)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    before = unfinished.read_text().splitlines()[1:3]
+    lines = unfinished.read_text().splitlines()
+    assert len(lines) < len(complete), "it was killed at the end: figures are not written as they are found"
+    before = lines[1:3]
     assert invoke(tmp_path, "--only", "complexity").exit_code == 0
     assert store.read(tmp_path / "complexity.json")["rows"][:2] == [json.loads(line)["row"] for line in before]
 
