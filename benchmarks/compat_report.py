@@ -31,10 +31,10 @@ def compat_table(result: Result) -> str:
     apart = [row for row in result["rows"] if row["agrees"] is not True]
     farther = sorted({row["gradient"]["of"] for row in apart if "gradient" in row})
     note = (
-        f"One {result['card']}, bfloat16, {sizes}, {versions(result)}; relative errors against float64, of the "
-        f"call where this library is farthest beside FLA. {len(result['rows']) - len(apart)} of {len(result['rows'])} "
-        "calls agree: each error is at most twice the larger of FLA's and of what rounding inputs and results to "
-        "bfloat16 makes."
+        f"One {result['card']}, bfloat16, {sizes}, {versions(result)}, commit {result['commit']}; relative errors "
+        "against float64, of the call where this library is farthest beside FLA. "
+        f"{len(result['rows']) - len(apart)} of {len(result['rows'])} calls agree: each error is at most twice the "
+        "larger of FLA's and of what rounding inputs and results to bfloat16 makes."
     )
     note += f" In the others it is {', '.join(farther)} that is farther from it." if apart else ""
     return f"{note}\n\n{markdown(header, lines)}"
