@@ -241,3 +241,12 @@ def test_who_has_a_gradient_is_seen():
         DELTA(inputs, **options)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         DELTA(inputs | {"value": forward_ad.make_dual(inputs["value"], inputs["value"])}, **options)
+
+
+def test_nobody_watches_while_a_graph_is_traced():
+    """One graph, whatever is computed on the way; and calls beside it are remembered as before."""
+    inputs, state = draw(DELTA, 0)
+    options = {"initial_state": state, "normalize_query_key": True}
+    compiled = torch.compile(lambda inputs: DELTA(inputs, **options).output, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same([compiled(inputs)], [DELTA(inputs, **options).output])

@@ -53,7 +53,9 @@ watched: ContextVar[list[Seen] | None] = ContextVar("watched", default=None)
 
 
 def tell(seen: Callable[[], Seen]) -> None:
-    """Adds it, if somebody watches."""
+    """Adds it, if somebody watches; nobody does while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return
     found = watched.get()
     if found is not None:
         found.append(seen())
