@@ -266,7 +266,8 @@ def content_of(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{name}: got {settings[name]}, but {file} has results of {there.get(name)}; give another --output"
             )
-    content["settings"] = {**settings, "steps": there["steps"]}
+    machines = dict.fromkeys([*there["machine"].split(", then "), settings["machine"]])
+    content["settings"] = {**settings, "steps": there["steps"], "machine": ", then ".join(machines)}
     return content
 
 

@@ -72,6 +72,9 @@ def train(
     except (TypeError, ValueError, CheckpointError, FloatingPointError, OSError) as error:
         typer.echo(f"parallelflow train: {error}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("parallelflow train: stopped; the same command with --resume goes on", err=True)
+        raise typer.Exit(130) from None
     console.print(f"{model.num_parameters():,} parameters; loss: {plot(output / 'log.jsonl', output / 'loss.png')}")
     console.print(f"Say something with it: parallelflow generate {output} --prompt 'Once'")
 

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from parallelflow.checks import expect_shape
+from parallelflow.checks import expect_shape, show
 from parallelflow.models.cache import ParallelFlowCache
 from parallelflow.models.configuration import ParallelFlowConfig
 from parallelflow.nn import RWKV7, Block, Layer, make_layer
@@ -88,6 +88,9 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         """See ``ParallelFlowForCausalLM``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds, expected one of them")
+        if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64)):
+            got = f"{input_ids.dtype} {show(input_ids)}"
+            raise ValueError(f"input_ids: got {got}, expected numbers of tokens [B, T], int32 or int64")
         _refuse(unused)
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)

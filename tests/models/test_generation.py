@@ -116,6 +116,10 @@ def test_errors():
     model, text = small_model("delta_net"), tokens(2, 5)
     with pytest.raises(TypeError, match="past_key_values: got DynamicCache"):
         model(text, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match=r"input_ids: got torch.float32 \[2, 5\], expected numbers of tokens"):
+        model(text.float())
+    with pytest.raises(ValueError, match=r"input_ids: got torch.int64 \[5\], expected numbers of tokens"):
+        model(text[0])
     with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 4\]"):
         model(text, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask: got numbers other than 0 and 1"):

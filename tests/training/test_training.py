@@ -360,6 +360,17 @@ def test_train_and_generate(tmp_path, data, tokenizer, with_tokenizer):
     assert code == 2 and "output: got" in said
 
 
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, data, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parallelflow.training.train", interrupted)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(child.RECIPE), encoding="utf-8")
+    code, said = invoke("train", "--data", data, "--config", config, "--output", tmp_path / "run", "--device", "cpu")
+    assert code == 130 and "--resume goes on" in said
+
+
 def test_bench_and_doctor_name_a_backend_for_every_model():
     from parallelflow.cli.demo.recurrences import MODELS
 
