@@ -157,7 +157,7 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
     arrays = rows_by_definition.draw(layout, chunks, 1, starts[-1], dtype, source_heads)
     DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
     options, resources = made
-    room = (options[name] for name in ("EARLY", "LATE", "DEPTH", "PAIRS"))
+    room = (options[name] for name in ("STAGES", "DEPTH", "PAIRS"))
     reckoned = rows_scan.shared_bytes(layout, options["REVERSE"], options["SOURCE"] > 0, options["SAY"], *room)
     assert resources.shared_bytes <= reckoned <= rows_scan.SHARED_BYTES
     assert resources.spilled_bytes == 0
@@ -184,9 +184,9 @@ def test_what_fits():
         for k, c, source in itertools.product((64, 128), (32, 64), (0, min(r, 1))):
             layout = Layout(C=max(c // next_power_of_2(max(r, lone)), 1), R=r, L=lone, heads=1, value_heads=1, K=k,
                             V=128, decay=VECTOR_DECAY, raw=False, sequential=False)  # fmt: skip
-            for kind in ((False, source, True), (False, source, False), (True, 0, True)):
+            for kind in ((False, source, True, False), (False, source, False, True), (True, 0, True, True)):
                 room = rows_scan.rings(layout, *kind)
-                taken = rows_scan.shared_bytes(layout, *kind, *room.values())
+                taken = rows_scan.shared_bytes(layout, *kind[:3], room["STAGES"], room["DEPTH"], room["PAIRS"])
                 assert taken <= rows_scan.SHARED_BYTES, (layout, kind)
     layout, _ = layout_of("kda")
     assert not rows_scan.fits(layout, torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16))

@@ -17,8 +17,8 @@ COLUMNS = 64  # of the values, in a program
 ELEMENT = 2  # bytes
 BARRIERS = 768  # bytes, and what the roles hand one another there
 LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
-# Chunks in the state's two rings and the output's, and buffers for handing over: from the fastest to the smallest.
-RINGS = ((3, 3, 2, 2), (3, 2, 2, 2), (2, 2, 2, 2), (2, 2, 1, 1))
+# Chunks in the state's and the output's ring, and buffers for handing over: from the fastest to the smallest.
+RINGS = ((3, 2, 2), (3, 2, 1), (2, 2, 2), (2, 1, 1))
 
 
 def fits(layout: Layout, query: Tensor) -> bool:
@@ -47,24 +47,24 @@ def reaches(layout: Layout, chunks: Chunks) -> bool:
     return max(tiles, (tokens + CHUNK) * max(layout.R, layout.L, 1)) + CHUNK <= LARGEST_COORDINATE
 
 
-def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, early: int, late: int, depth: int, pairs: int,
-                 ) -> int:  # fmt: skip
+def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, stages: int, depth: int, pairs: int) -> int:
     """What a program takes with such rings."""
     given, saying = (layout.Q, layout.M) if reverse else (layout.M, layout.Q)
     n, k = layout.N, layout.K
-    first = ELEMENT * (n * (k + given + source * COLUMNS) + given * COLUMNS)
+    state = ELEMENT * (n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS))
     vectors = 4 * (k * (layout.decay == VECTOR_DECAY) + n * source)
-    then = ELEMENT * (n * (k + n) + given * k)
     output = ELEMENT * saying * (depth * (k + n + given) + COLUMNS)
-    handed = ELEMENT * COLUMNS * (k + n)
-    return early * (first + vectors) + late * then + say * output + pairs * handed + BARRIERS
+    return stages * (state + vectors) + say * output + pairs * ELEMENT * COLUMNS * (k + n) + BARRIERS
 
 
-def rings(layout: Layout, reverse: bool, source: bool, say: bool) -> dict[str, int]:
+def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int]:
     """The first of RINGS that fits shared memory; the last always does."""
-    sizes = next(sizes for sizes in RINGS if sizes == RINGS[-1]
-                 or shared_bytes(layout, reverse, source, say, *sizes) <= SHARED_BYTES)  # fmt: skip
-    return dict(zip(("EARLY", "LATE", "DEPTH", "PAIRS"), sizes, strict=True))
+    for stages, depth, pairs in RINGS:
+        if save and (stages, pairs) == (3, 1):
+            continue  # a copy to memory keeps a buffer for long: two of them are worth more than a third chunk
+        if shared_bytes(layout, reverse, source, say, stages, depth, pairs) <= SHARED_BYTES:
+            break
+    return {"STAGES": stages, "DEPTH": depth, "PAIRS": pairs}
 
 
 def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
@@ -92,7 +92,7 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     values = weights = None
     if source is not None:
         values, weights = source.vector, weights_of(source, layout, chunks)
-    room = rings(layout, reverse, source is not None, say)
+    room = rings(layout, reverse, source is not None, say, save)
     bound = bind(
         rows_kernel, C=layout.C, N=n, S=s, G=g, R=layout.R, SAYING=saying, GIVING=giving, K=k, DECAY=layout.decay,
         REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=(values is not None) + (weights is not None),
