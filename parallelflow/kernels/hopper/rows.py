@@ -307,25 +307,22 @@ def store_role(
             tma.async_copy_shared_to_global(states, [row, 0], entry_tiles.index(pair))
             if R > 0:
                 send_rows(solution, solution_tiles.index(pair), first_token, end_token, i, column, C, R, N)
-            if PAIRS == 2:  # all but this chunk's copies have been read: hand back the buffers of the chunk before
-                tma.store_wait(1 + SOLVED)
-            else:
-                tma.store_wait(0)
-                mbarrier.arrive(taken.index(0), count=1)
+            # All but this chunk's copies have been read from shared memory: hand back the buffers of the chunk before.
+            tma.store_wait(1 + SOLVED)
             if SAY:
                 mbarrier.arrive(said_free, count=1, pred=j > 0)
-            elif PAIRS == 2:
+            else:
                 mbarrier.arrive(taken.index(pair ^ 1), count=1, pred=j > 0)
         if SAY:
             mbarrier.wait(said_ready, j & 1)
             fence_async_shared()
             send_rows(said, said_tile, first_token, end_token, i, column, C, SAYING, S)
-            if not SAVE:
-                tma.store_wait(0)
-                mbarrier.arrive(said_free, count=1)
-            elif PAIRS == 2:
+            if SAVE:
                 tma.store_wait(1)
                 mbarrier.arrive(taken.index(pair), count=1)
+            else:
+                tma.store_wait(0)
+                mbarrier.arrive(said_free, count=1)
     tma.store_wait(0)
 
 
@@ -356,6 +353,7 @@ def rows_kernel(
     HAND: gl.constexpr = SAY or SAVE
     SOLVED: gl.constexpr = R > 0
     GIVEN: gl.constexpr = GIVING > 0
+    gl.static_assert((PAIRS == 2) or not SAVE)
     dtype: gl.constexpr = states.dtype
     entry_tiles = ring(states, PAIRS)
     # What is not there has another's place, and is not looked at.
