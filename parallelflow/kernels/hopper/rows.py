@@ -343,9 +343,7 @@ def rows_kernel(
     first_column = program % parts * 64
     head = (program // parts) % heads
     sequence = program // parts // heads
-    first_token, end_token, chunk, _ = locate_sequence(
-        sequence, time, time, per_sequence, cu_seqlens, offsets, PACKED
-    )
+    first_token, end_token, chunk, _ = locate_sequence(sequence, time, time, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + C - 1) // C
     source_column = head // (heads // source_heads) * value_dim + first_column
     given_column = head // (heads // given_heads) * value_dim + first_column
