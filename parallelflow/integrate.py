@@ -121,11 +121,12 @@ def integrate(
             sequence's first token is (for B sequences side by side, on the first rank; None elsewhere will do). All
             ranks make the same calls, forward and backward.
         backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
-            ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
-            and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. In 16 and 32
-            bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left as they are (kernels choose
-            their own chunks), they serve any rows up to 16 a token; forced on anything else they raise. Up to 64 tokens
-            a sequence without gradients, ``triton`` and ``auto`` on a GPU take the recurrence itself, in one kernel.
+            ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or
+            128, V a multiple of 64, and tiles that shared memory holds), or ``auto``: the fastest that fits, ``torch``
+            where none does. In 16 and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left
+            as they are (kernels choose their own chunks), they serve any rows up to 16 a token; forced on anything else
+            they raise. Up to 64 tokens a sequence without gradients, ``triton`` and ``auto`` on a GPU take the
+            recurrence itself, in one kernel.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
             nothing to gain, and their results do not change.

@@ -44,7 +44,7 @@ def refusal(tier: str, inputs: Inputs, traits: Traits) -> str | None:
     if why is None and tier == "hopper" and not hopper_fits(inputs, traits):
         why = (
             "another GPU, dtype, size or number of rows than compute capability 9, 16 bits, K of 64 or 128, V of 64, "
-            "128, …, and tokens whose rows fill a tile"
+            "128, …, 1, 2, 4, … rows a token that read and as many that only write"
         )
     return why
 

@@ -11,8 +11,7 @@ its 64 columns are the 64 rows that a warpgroup's product has: S^T [64, K], X^T 
     state   (4 warps)  keeps S^T in its accumulators, so that the products on the chain from chunk to chunk take their
                        left operand from registers; hands S and X out in shared memory
     output  (4 warps)  forms what is said, about one chunk behind, off the chain
-    load    (1 warp)   fetches the tiles of the chunks ahead (TMA), in three rings: what the state
-                       needs under the update before and first, what it needs then, and the output's
+    load    (1 warp)   fetches the tiles of the chunks ahead (TMA), in two rings: the state's and the output's
     store   (1 warp)   sends what is said and, on request, X and the entry states to memory (TMA)
 
 U + couple given does not depend on the state: it is formed under the update of the chunk before.
@@ -66,22 +65,22 @@ def send_rows(
 
 
 @gluon.jit
-def fetch_early(
+def fetch_for_state(
     descriptors, tiles, ready, free, first_token, end_token, i, j, matrix, source_column, given_column, head,
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
-    DECAY: gl.constexpr, SOURCE: gl.constexpr, EARLY: gl.constexpr, REVERSE: gl.constexpr,
+    DECAY: gl.constexpr, SOURCE: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """What a chunk needs under the update of the one before, and for its first product."""
     reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
-    reads_tiles, couple_tiles, source_tiles, given_tiles, weight_tiles, total_tiles = tiles
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
+    weight_tiles, total_tiles = vector_tiles
     weights, totals = vectors
-    slot = j % EARLY
+    slot = j % STAGES
     full = ready.index(slot)
     COUPLED: gl.constexpr = (R > 0) and (GIVING > 0)
-    mbarrier.wait(free.index(slot), ((j // EARLY) & 1) ^ 1)
+    mbarrier.wait(free.index(slot), ((j // STAGES) & 1) ^ 1)
     mbarrier.expect(
         full,
-        2 * ((R > 0) * N * K + (SOURCE > 0) * N * 64 + (GIVING > 0) * G * 64 + COUPLED * N * G)
+        2 * ((R > 0) * N * (2 * K + N) + (SOURCE > 0) * N * 64 + (GIVING > 0) * G * (K + 64) + COUPLED * N * G)
         + 4 * ((SOURCE == 2) * N + (DECAY == 2) * K),
     )
     if GIVING > 0:
@@ -92,58 +91,34 @@ def fetch_early(
         fetch_rows(source, source_tiles.index(slot), full, first_token, end_token, i, source_column, C, R, N)
     if SOURCE == 2:
         tma.async_copy_global_to_shared(weights, [matrix * N], full, weight_tiles.index(slot))
+    if R > 0:
+        fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
     if DECAY == 2:
         tma.async_copy_global_to_shared(totals, [matrix * K], full, total_tiles.index(slot))
     if R > 0:
-        fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
-
-
-@gluon.jit
-def fetch_late(
-    descriptors, tiles, ready, free, first_token, end_token, i, j, matrix, head,
-    C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
-    LATE: gl.constexpr,
-):  # fmt: skip
-    """What a chunk needs after its first product."""
-    reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
-    writes_tiles, inverse_tiles, gives_tiles = tiles
-    slot = j % LATE
-    full = ready.index(slot)
-    mbarrier.wait(free.index(slot), ((j // LATE) & 1) ^ 1)
-    mbarrier.expect(full, 2 * ((R > 0) * N * (K + N) + (GIVING > 0) * G * K))
-    if R > 0:
         tma.async_copy_global_to_shared(inverse, [matrix * N, 0], full, inverse_tiles.index(slot))
+        fetch_rows(writes, writes_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
     if GIVING > 0:
         fetch_rows(gives, gives_tiles.index(slot), full, first_token, end_token, i, head * K, C, GIVING, G)
-    if R > 0:
-        fetch_rows(writes, writes_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
 
 
 @gluon.jit
 def load_role(
-    descriptors, early, late, outer, bars, first_token, end_token, chunk, source_column, given_column, head, heads,
-    count,
+    descriptors, inner, outer, ready, free, heard, answered, first_token, end_token, chunk, source_column, given_column,
+    head, heads, count,
     C: gl.constexpr, N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SAYING: gl.constexpr,
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, SOURCE: gl.constexpr, SAY: gl.constexpr,
-    EARLY: gl.constexpr, LATE: gl.constexpr, DEPTH: gl.constexpr, REVERSE: gl.constexpr,
+    STAGES: gl.constexpr, DEPTH: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
     says_tiles, own_tiles, through_tiles = outer
-    early_ready, early_free, late_ready, late_free, heard, answered = bars
-    # In the order in which the tiles are needed, and slots become free: the output is a chunk behind the state.
-    for step in range(count + 1):
+    # The output is a chunk behind: its tiles come after the state's of the chunk that follows.
+    for step in range(count + SAY):
         if step < count:
             i = count - 1 - step if REVERSE else step
-            fetch_early(
-                descriptors, early, early_ready, early_free, first_token, end_token, i, step,
-                (chunk + i) * heads + head, source_column, given_column, head, C, N, G, R, GIVING, K, DECAY, SOURCE,
-                EARLY, REVERSE,
-            )  # fmt: skip
-        if step > 0:
-            i = count - step if REVERSE else step - 1
-            fetch_late(
-                descriptors, late, late_ready, late_free, first_token, end_token, i, step - 1,
-                (chunk + i) * heads + head, head, C, N, G, R, GIVING, K, LATE,
+            fetch_for_state(
+                descriptors, inner, ready, free, first_token, end_token, i, step, (chunk + i) * heads + head,
+                source_column, given_column, head, C, N, G, R, GIVING, K, DECAY, SOURCE, STAGES, REVERSE,
             )  # fmt: skip
         if SAY:  # noqa: SIM102 - settled while compiling
             if step > 0:
@@ -165,14 +140,13 @@ def load_role(
 
 @gluon.jit
 def state_role(
-    early, late, bars, handover, total_pointer, initial_pointer, final_pointer, chunk, head, heads, count, value_dim,
+    tiles, ready, free, handover, total_pointer, initial_pointer, final_pointer, chunk, head, heads, count, value_dim,
     N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr,
-    SOURCE: gl.constexpr, HAND: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr, EARLY: gl.constexpr,
-    LATE: gl.constexpr, PAIRS: gl.constexpr, REVERSE: gl.constexpr,
+    SOURCE: gl.constexpr, HAND: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads_tiles, couple_tiles, source_tiles, given_tiles, weight_tiles, total_tiles = early
-    writes_tiles, inverse_tiles, gives_tiles = late
-    early_ready, early_free, late_ready, late_free, heard, answered = bars
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
+    weight_tiles, total_tiles = vector_tiles
     entry_tiles, solution_tiles, handed, taken = handover
     dtype: gl.constexpr = entry_tiles.dtype
     rows_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -191,7 +165,7 @@ def state_role(
         state = gl.load(initial_pointer + state_offsets(value_dim, state_layout, K))
     else:
         state = gl.zeros([64, K], gl.float32, state_layout)
-    mbarrier.wait(early_ready.index(0), 0, pred=count > 0)
+    mbarrier.wait(ready.index(0), 0, pred=count > 0)
     known = zero
     if R > 0:
         if SOURCE:
@@ -209,10 +183,9 @@ def state_role(
     if DECAY == 2:
         total = total_tiles.index(0).load(along_keys)
     for j in range(count):
-        slot = j % EARLY
-        place = j % LATE
+        slot = j % STAGES
         pair = j % PAIRS
-        following = (j + 1) % EARLY
+        following = (j + 1) % STAGES
         more = j + 1 < count
         rounded = state.to(dtype)
         if R > 0:
@@ -230,14 +203,12 @@ def state_role(
             state = state * total[None, :]
         if R > 0:
             residual = warpgroup_mma_wait(0, deps=(residual,))
-        mbarrier.wait(late_ready.index(place), (j // LATE) & 1)
-        if R > 0:
             operand = gl.convert_layout(residual.to(dtype), rows_operand, assert_trivial=True)
-            inverse = inverse_tiles.index(place) if REVERSE else inverse_tiles.index(place).permute((1, 0))
+            inverse = inverse_tiles.index(slot) if REVERSE else inverse_tiles.index(slot).permute((1, 0))
             solution = warpgroup_mma(operand, inverse, zero, use_acc=False, is_async=True)
         if GIVING > 0:
             given = given_tiles.index(slot).reshape([G, 64]).permute((1, 0))
-            update = warpgroup_mma(given, gives_tiles.index(place).reshape([G, K]), state, is_async=True)
+            update = warpgroup_mma(given, gives_tiles.index(slot).reshape([G, K]), state, is_async=True)
             if R > 0:
                 solution = warpgroup_mma_wait(1, deps=(solution,))
         elif R > 0:
@@ -246,13 +217,13 @@ def state_role(
         if R > 0:
             solved = solution.to(dtype)
             operand = gl.convert_layout(solved, state_operand, assert_trivial=True)
-            update = warpgroup_mma(operand, writes_tiles.index(place).reshape([N, K]), update, is_async=True)
+            update = warpgroup_mma(operand, writes_tiles.index(slot).reshape([N, K]), update, is_async=True)
         if HAND:
             if R > 0:
                 solution_tiles.index(pair).reshape([N, 64]).permute((1, 0)).store(solved)
             mbarrier.arrive(handed.index(pair), count=1)
         # In the shadow of the update: what the next chunk needs soon.
-        mbarrier.wait(early_ready.index(following), ((j + 1) // EARLY) & 1, pred=more)
+        mbarrier.wait(ready.index(following), ((j + 1) // STAGES) & 1, pred=more)
         if DECAY == 2:
             total = total_tiles.index(following).load(along_keys)
         if R > 0:
@@ -268,33 +239,31 @@ def state_role(
             state, known = warpgroup_mma_wait(0, deps=(update, known))
         else:
             state = warpgroup_mma_wait(0, deps=(update,))
-        mbarrier.arrive(early_free.index(slot), count=1)
-        mbarrier.arrive(late_free.index(place), count=1)
+        mbarrier.arrive(free.index(slot), count=1)
     if FINAL:
         gl.store(final_pointer + state_offsets(value_dim, state_layout, K), state)
 
 
 @gluon.jit
 def output_role(
-    early, outer, bars, handover, outward, count,
+    inner, outer, ready, free, heard, answered, handover, outward, count,
     N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
-    EARLY: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr, REVERSE: gl.constexpr,
+    STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    reads_tiles, couple_tiles, source_tiles, given_tiles, weight_tiles, total_tiles = early
+    reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = inner
     says_tiles, own_tiles, through_tiles = outer
-    early_ready, early_free, late_ready, late_free, heard, answered = bars
     entry_tiles, solution_tiles, handed, taken = handover
     said_tile, said_ready, said_free = outward
     dtype: gl.constexpr = entry_tiles.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, S, 16])
     zero = gl.zeros([64, S], gl.float32, layout)
     for j in range(count):
-        slot = j % EARLY
+        slot = j % STAGES
         place = j % DEPTH
         pair = j % PAIRS
         mbarrier.wait(heard.index(place), (j // DEPTH) & 1)
         if GIVING > 0:
-            mbarrier.wait(early_ready.index(slot), (j // EARLY) & 1)
+            mbarrier.wait(ready.index(slot), (j // STAGES) & 1)
         mbarrier.wait(handed.index(pair), (j // PAIRS) & 1)
         fence_async_shared()
         says = says_tiles.index(place).reshape([S, K]).permute((1, 0))
@@ -312,7 +281,7 @@ def output_role(
         mbarrier.arrive(taken.index(pair), count=1)
         mbarrier.arrive(answered.index(place), count=1)
         if GIVING > 0:
-            mbarrier.arrive(early_free.index(slot), count=1)
+            mbarrier.arrive(free.index(slot), count=1)
         said_tile.reshape([S, 64]).permute((1, 0)).store(said.to(dtype))
         mbarrier.arrive(said_ready, count=1)
 
@@ -338,25 +307,22 @@ def store_role(
             tma.async_copy_shared_to_global(states, [row, 0], entry_tiles.index(pair))
             if R > 0:
                 send_rows(solution, solution_tiles.index(pair), first_token, end_token, i, column, C, R, N)
-            if PAIRS == 2:  # all but this chunk's copies have been read: hand back the buffers of the chunk before
-                tma.store_wait(1 + SOLVED)
-            else:
-                tma.store_wait(0)
-                mbarrier.arrive(taken.index(0), count=1)
+            # All but this chunk's copies have been read from shared memory: hand back the buffers of the chunk before.
+            tma.store_wait(1 + SOLVED)
             if SAY:
                 mbarrier.arrive(said_free, count=1, pred=j > 0)
-            elif PAIRS == 2:
+            else:
                 mbarrier.arrive(taken.index(pair ^ 1), count=1, pred=j > 0)
         if SAY:
             mbarrier.wait(said_ready, j & 1)
             fence_async_shared()
             send_rows(said, said_tile, first_token, end_token, i, column, C, SAYING, S)
-            if not SAVE:
-                tma.store_wait(0)
-                mbarrier.arrive(said_free, count=1)
-            elif PAIRS == 2:
+            if SAVE:
                 tma.store_wait(1)
                 mbarrier.arrive(taken.index(pair), count=1)
+            else:
+                tma.store_wait(0)
+                mbarrier.arrive(said_free, count=1)
     tma.store_wait(0)
 
 
@@ -367,19 +333,17 @@ def rows_kernel(
     C: gl.constexpr, N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SAYING: gl.constexpr,
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr,
     SOURCE: gl.constexpr, SAY: gl.constexpr, SAVE: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
-    EARLY: gl.constexpr, LATE: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr,
+    STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G).  SOURCE: no U (0),
-    U as it is (1), or times a weight a row (2).  EARLY, LATE and DEPTH are the chunks that the state's rings and the
-    output's hold, PAIRS the buffers for handing S and X over."""
+    U as it is (1), or times a weight a row (2).  STAGES and DEPTH are the chunks that the state's and the output's ring
+    hold, PAIRS the buffers for handing S and X over."""
     program = gl.program_id(0)
     parts = value_dim // 64
     first_column = program % parts * 64
     head = (program // parts) % heads
     sequence = program // parts // heads
-    first_token, end_token, chunk, _ = locate_sequence(
-        sequence, time, time, per_sequence, cu_seqlens, offsets, PACKED
-    )
+    first_token, end_token, chunk, _ = locate_sequence(sequence, time, time, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + C - 1) // C
     source_column = head // (heads // source_heads) * value_dim + first_column
     given_column = head // (heads // given_heads) * value_dim + first_column
@@ -387,41 +351,37 @@ def rows_kernel(
     HAND: gl.constexpr = SAY or SAVE
     SOLVED: gl.constexpr = R > 0
     GIVEN: gl.constexpr = GIVING > 0
+    gl.static_assert((PAIRS == 2) or not SAVE)
     dtype: gl.constexpr = states.dtype
     entry_tiles = ring(states, PAIRS)
     # What is not there has another's place, and is not looked at.
     solution_tiles = ring(solution, PAIRS) if SOLVED and HAND else entry_tiles
-    reads_tiles = ring(reads, EARLY) if SOLVED else entry_tiles
-    writes_tiles = ring(writes, LATE) if SOLVED else entry_tiles
-    inverse_tiles = ring(inverse, LATE) if SOLVED else entry_tiles
-    source_tiles = ring(source, EARLY) if SOURCE else entry_tiles
-    gives_tiles = ring(gives, LATE) if GIVEN else entry_tiles
-    given_tiles = ring(given, EARLY) if GIVEN else entry_tiles
-    couple_tiles = ring(couple, EARLY) if SOLVED and GIVEN else entry_tiles
-    weight_tiles = ring(weights, EARLY) if SOURCE == 2 else entry_tiles
-    total_tiles = ring(totals, EARLY) if DECAY == 2 else entry_tiles
+    reads_tiles = ring(reads, STAGES) if SOLVED else entry_tiles
+    writes_tiles = ring(writes, STAGES) if SOLVED else entry_tiles
+    inverse_tiles = ring(inverse, STAGES) if SOLVED else entry_tiles
+    source_tiles = ring(source, STAGES) if SOURCE else entry_tiles
+    gives_tiles = ring(gives, STAGES) if GIVEN else entry_tiles
+    given_tiles = ring(given, STAGES) if GIVEN else entry_tiles
+    couple_tiles = ring(couple, STAGES) if SOLVED and GIVEN else entry_tiles
+    weight_tiles = ring(weights, STAGES) if SOURCE == 2 else entry_tiles
+    total_tiles = ring(totals, STAGES) if DECAY == 2 else entry_tiles
     says_tiles = ring(says, DEPTH) if SAY else entry_tiles
     own_tiles = ring(own, DEPTH) if SAY and SOLVED else entry_tiles
     through_tiles = ring(through, DEPTH) if SAY and GIVEN else entry_tiles
     said_tile = gl.allocate_shared_memory(dtype, said.block_type.shape, said.layout) if SAY else entry_tiles
 
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    early_ready = gl.allocate_shared_memory(gl.int64, [EARLY, 1], barrier_layout)
-    early_free = gl.allocate_shared_memory(gl.int64, [EARLY, 1], barrier_layout)
-    late_ready = gl.allocate_shared_memory(gl.int64, [LATE, 1], barrier_layout)
-    late_free = gl.allocate_shared_memory(gl.int64, [LATE, 1], barrier_layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     heard = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     answered = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], barrier_layout)
     handed = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], barrier_layout)
     taken = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], barrier_layout)
     said_ready = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
     said_free = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
-    for i in gl.static_range(EARLY):
-        mbarrier.init(early_ready.index(i), count=1)
-        mbarrier.init(early_free.index(i), count=2 if SAY and GIVEN else 1)
-    for i in gl.static_range(LATE):
-        mbarrier.init(late_ready.index(i), count=1)
-        mbarrier.init(late_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2 if SAY and GIVEN else 1)
     for i in gl.static_range(DEPTH):
         mbarrier.init(heard.index(i), count=1)
         mbarrier.init(answered.index(i), count=1)
@@ -433,9 +393,10 @@ def rows_kernel(
 
     sources = (reads, writes, says, gives, inverse, couple, own, through, source, given, (weights, totals))
     targets = (solution, said, states)
-    early = (reads_tiles, couple_tiles, source_tiles, given_tiles, weight_tiles, total_tiles)
-    late = (writes_tiles, inverse_tiles, gives_tiles)
-    bars = (early_ready, early_free, late_ready, late_free, heard, answered)
+    inner = (
+        reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles,
+        (weight_tiles, total_tiles),
+    )  # fmt: skip
     outer = (says_tiles, own_tiles, through_tiles)
     handover = (entry_tiles, solution_tiles, handed, taken)
     outward = (said_tile, said_ready, said_free)
@@ -444,23 +405,23 @@ def rows_kernel(
     ends = final + whole
     if SAY:
         gl.warp_specialize([
-            (state_role, (early, late, bars, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
-                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, EARLY, LATE, PAIRS, REVERSE)),
-            (output_role, (early, outer, bars, handover, outward, count, N, S, G, R, GIVING, K, EARLY, DEPTH, PAIRS,
-                           REVERSE)),
-            (load_role, (sources, early, late, outer, bars, first_token, end_token, chunk, source_column, given_column,
-                         head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY, SOURCE, SAY, EARLY, LATE, DEPTH,
-                         REVERSE)),
+            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
+                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, STAGES, PAIRS, REVERSE)),
+            (output_role, (inner, outer, ready, free, heard, answered, handover, outward, count, N, S, G, R, GIVING, K,
+                           STAGES, DEPTH, PAIRS, REVERSE)),
+            (load_role, (sources, inner, outer, ready, free, heard, answered, first_token, end_token, chunk,
+                         source_column, given_column, head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
+                         SOURCE, SAY, STAGES, DEPTH, REVERSE)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, heads, value_dim,
                           first_column, count, C, N, S, R, SAYING, SAY, SAVE, PAIRS, REVERSE)),
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (state_role, (early, late, bars, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
-                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, EARLY, LATE, PAIRS, REVERSE)),
-            (load_role, (sources, early, late, outer, bars, first_token, end_token, chunk, source_column, given_column,
-                         head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY, SOURCE, SAY, EARLY, LATE, DEPTH,
-                         REVERSE)),
+            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
+                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, STAGES, PAIRS, REVERSE)),
+            (load_role, (sources, inner, outer, ready, free, heard, answered, first_token, end_token, chunk,
+                         source_column, given_column, head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
+                         SOURCE, SAY, STAGES, DEPTH, REVERSE)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, heads, value_dim,
                           first_column, count, C, N, S, R, SAYING, SAY, SAVE, PAIRS, REVERSE)),
         ], [1, 1], [40, 40])  # fmt: skip

@@ -17,8 +17,8 @@ COLUMNS = 64  # of the values, in a program
 ELEMENT = 2  # bytes
 BARRIERS = 768  # bytes, and what the roles hand one another there
 LARGEST_COORDINATE = 2**31 - 1  # TMA coordinates are 32-bit
-# Chunks in the state's two rings and the output's, and buffers for handing over: from the fastest to the smallest.
-RINGS = ((3, 3, 2, 2), (3, 2, 2, 2), (2, 2, 2, 2), (2, 2, 1, 1))
+RINGS = ((3, 2, 2), (3, 2, 1), (2, 2, 2))  # chunks in the state's and the output's ring, buffers for handing over
+KINDS = ((False, True, True, False), (False, True, False, True), (True, False, True, True))  # forward, again, reverse
 
 
 def fits(layout: Layout, query: Tensor) -> bool:
@@ -30,6 +30,7 @@ def fits(layout: Layout, query: Tensor) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and layout.K in (64, 128)
         and layout.V % COLUMNS == 0
+        and all(rings(layout, *kind) is not None for kind in KINDS)
         and all(
             _is_power(count) or layout.tile(count) == layout.C * triton.next_power_of_2(count) for count in families
         )
@@ -47,24 +48,23 @@ def reaches(layout: Layout, chunks: Chunks) -> bool:
     return max(tiles, (tokens + CHUNK) * max(layout.R, layout.L, 1)) + CHUNK <= LARGEST_COORDINATE
 
 
-def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, early: int, late: int, depth: int, pairs: int,
-                 ) -> int:  # fmt: skip
+def shared_bytes(layout: Layout, reverse: bool, source: bool, say: bool, stages: int, depth: int, pairs: int) -> int:
     """What a program takes with such rings."""
     given, saying = (layout.Q, layout.M) if reverse else (layout.M, layout.Q)
     n, k = layout.N, layout.K
-    first = ELEMENT * (n * (k + given + source * COLUMNS) + given * COLUMNS)
+    state = ELEMENT * (n * (2 * k + n + given + source * COLUMNS) + given * (k + COLUMNS))
     vectors = 4 * (k * (layout.decay == VECTOR_DECAY) + n * source)
-    then = ELEMENT * (n * (k + n) + given * k)
     output = ELEMENT * saying * (depth * (k + n + given) + COLUMNS)
-    handed = ELEMENT * COLUMNS * (k + n)
-    return early * (first + vectors) + late * then + say * output + pairs * handed + BARRIERS
+    return stages * (state + vectors) + say * output + pairs * ELEMENT * COLUMNS * (k + n) + BARRIERS
 
 
-def rings(layout: Layout, reverse: bool, source: bool, say: bool) -> dict[str, int]:
-    """The first of RINGS that fits shared memory; the last always does."""
-    sizes = next(sizes for sizes in RINGS if sizes == RINGS[-1]
-                 or shared_bytes(layout, reverse, source, say, *sizes) <= SHARED_BYTES)  # fmt: skip
-    return dict(zip(("EARLY", "LATE", "DEPTH", "PAIRS"), sizes, strict=True))
+def rings(layout: Layout, reverse: bool, source: bool, say: bool, save: bool) -> dict[str, int] | None:
+    """The first of RINGS that fits shared memory; None where none does."""
+    for stages, depth, pairs in RINGS:
+        fitting = shared_bytes(layout, reverse, source, say, stages, depth, pairs) <= SHARED_BYTES
+        if fitting and (pairs == 2 or not save):  # a copy to memory is handed back a chunk later
+            return {"STAGES": stages, "DEPTH": depth, "PAIRS": pairs}
+    return None
 
 
 def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
@@ -92,7 +92,8 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
     values = weights = None
     if source is not None:
         values, weights = source.vector, weights_of(source, layout, chunks)
-    room = rings(layout, reverse, source is not None, say)
+    room = rings(layout, reverse, source is not None, say, save)
+    assert room is not None, "what does not fit is not launched"
     bound = bind(
         rows_kernel, C=layout.C, N=n, S=s, G=g, R=layout.R, SAYING=saying, GIVING=giving, K=k, DECAY=layout.decay,
         REVERSE=int(reverse), PACKED=int(chunks.packed), SOURCE=(values is not None) + (weights is not None),
