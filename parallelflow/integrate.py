@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -21,10 +22,10 @@ from parallelflow.kernels.backend import elsewhere, fastest, kernels_of, refusal
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
 from parallelflow.serving import Store, through
 from parallelflow.serving import advance as advance_short
-from parallelflow.solvers import SOLVERS
+from parallelflow.solvers import SOLVERS, cuda
 from parallelflow.torch_backend import Plan
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "hopper")
+BACKENDS = ("auto", "torch", "cuda", "cpu", "triton", "hopper")
 
 
 class Result(NamedTuple):
@@ -57,7 +58,7 @@ class Options(TypedDict, total=False):
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
     aggregate: Literal["sequential", "associative", "segmented", "distributed"]
-    backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
+    backend: Literal["auto", "torch", "cuda", "cpu", "triton", "hopper"]
     batch_invariant: bool
     state_positions: Sequence[int] | None
     validate: bool | None
@@ -183,7 +184,7 @@ def integrate(
     checking = may_read(query) if validate is None else validate
     choice = (backend, chunk_size, solver, aggregate)
     if choice not in decided:
-        plan = Plan(int(chunk_size), solver, aggregate)
+        plan = _with_kernel(backend, inputs, traits, Plan(int(chunk_size), solver, aggregate))
         decided[choice] = plan, _choose_short(backend, inputs, traits, plan)
     plan, is_short = decided[choice]
     if torch.compiler.is_compiling() and store.plain and query.shape[1] != 1:
@@ -258,6 +259,7 @@ def _over_ranks(
         if may_read(query) if validate is None else validate:
             _check_log_decay(driver.log_decay)
         plan = Plan(int(options["chunk_size"]), options["solver"])
+        plan = _with_kernel(options["backend"], inputs, traits, plan)
         if inputs.query.numel():
             _choose(options["backend"], inputs, traits, plan)  # raises where a forced one does not fit
     except (TypeError, ValueError) as error:
@@ -295,6 +297,21 @@ def _check_log_decay(log_decay: Tensor | None) -> None:
         )
 
 
+def _with_kernel(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> Plan:
+    """The plan; with its solver as a CUDA kernel where there is one, and ``backend`` allows it."""
+    if backend not in ("auto", "cuda"):
+        return plan
+    rank, tokens = len(traits.positions), plan.chunk_size
+    if traits.sequential:
+        rank, tokens = min(rank, 1), tokens * rank
+    why = cuda.refusal(plan.solver, inputs.query.device, tokens, rank)
+    if why is None:
+        return replace(plan, compiled=True)
+    if backend == "cuda":
+        raise ValueError(f"backend: got 'cuda' with {why}")
+    return plan
+
+
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     """``torch``, or the kernels that run."""
     tier, why = _meant(backend, inputs, traits, plan)
@@ -308,6 +325,7 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
 def _meant(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> tuple[str, str | None]:
     """The tier that a choice of backend means, and why it cannot run; None where it can."""
     tier = fastest(inputs, traits) if backend == "auto" else backend
+    tier = "torch" if plan.compiled else tier
     if tier == "torch":
         return tier, None
     return tier, refusal(tier, inputs, traits) if plan == Plan() else f"{plan}, expected {Plan()}"

@@ -1,0 +1,133 @@
+// The paper's recursion (Muca Cirone and Salvi, arXiv 2504.00492, section 4) as a wavefront over a thread block:
+//
+//     F(0, k) = Z_k
+//     F(m, k) = (F(m-1, k) - F(m-1, k-1)) + F(m, k-1) + (Γ_{k,m-1} - Γ_{k-1,m-1}) F(m-1, m-1),     k > m ≥ 1
+//     F(m, m) = F(m-1, m) + Γ_{m,m-1} F(m-1, m-1)
+//
+// Stage s computes the cells of the anti-diagonal m + k = s. A thread owns OWN rows m of the grid in a tile of columns
+// and goes along them, one cell a stage: F(m, k-1) and F(m-1, k-1) are what it had the stage before, F(m-1, m-1) stays
+// the same all along the row, and F(m-1, k) is what the row above found the stage before: in the same thread, or, at the
+// first of its rows, in the warp before, whence it comes through shared memory. 2 tokens - 3 stages.
+#pragma once
+
+#include "system.h"
+
+namespace parallelflow {
+
+template <class Number, int RANK, int OWN, int WIDTH, bool RESIDENT>
+struct SigDelta {
+    static constexpr int COLUMNS = LANES * WIDTH;
+    static constexpr int COEFFICIENTS = RANK * RANK;
+
+    struct Thread {
+        Number value[OWN][RANK][WIDTH];   // F(m, k-1)
+        Number corner[OWN][RANK][WIDTH];  // F(m-1, k-1)
+        Number solved[OWN][RANK][WIDTH];  // F(m-1, m-1)
+    };
+
+    // Cells of the anti-diagonals before stage s: the differences of Γ lie stage by stage, in the order of m.
+    static DEVICE int before(int s, int tokens) {
+        const int past = larger(0, s - 1 - tokens);
+        return (s - 1) / 2 * (s / 2) - past * (past + 1) / 2;
+    }
+
+    static DEVICE int lowest(int s, int tokens) { return larger(1, s - tokens + 1); }
+
+    template <class System>
+    static DEVICE Number coefficient(const System& system, int p, int q) {
+        const Number own = system.entry(p, q);
+        return q / RANK + 1 < p / RANK ? own - system.entry(p - RANK, q) : own;
+    }
+
+    template <class Block, class System>
+    static DEVICE void run(Block& block, const System& system, Number* memory) {
+        const int tokens = system.tokens, first_column = system.first_column;
+        Number* jumps = memory;
+        Number* tile = jumps + (RESIDENT ? COEFFICIENTS * (tokens * (tokens - 1) / 2) : 0);  // Z, then X in its place
+        Number* edges = tile + system.rows * COLUMNS;                                          // [2, warps, RANK, COLUMNS]
+
+        block.phase([&](Thread& thread, int warp, int lane) {
+            for (int p = warp; p < system.rows; p += block.warps) {
+                UNROLL for (int j = 0; j < WIDTH; ++j) {
+                    const int column = lane + LANES * j;
+                    tile[p * COLUMNS + column] = system.load(p, first_column + column);
+                }
+            }
+            if (RESIDENT) {
+                system.template each_pair<RANK>(warp, block.warps, lane, [&](int p, int q) {
+                    const int k = p / RANK, m = q / RANK + 1;
+                    const int cell = before(k + m, tokens) + m - lowest(k + m, tokens);
+                    jumps[cell * COEFFICIENTS + p % RANK * RANK + q % RANK] = coefficient(system, p, q);
+                });
+            }
+            UNROLL for (int i = 0; i < OWN; ++i) {
+                UNROLL for (int r = 0; r < RANK; ++r) {
+                    UNROLL for (int j = 0; j < WIDTH; ++j) {
+                        thread.value[i][r][j] = thread.corner[i][r][j] = thread.solved[i][r][j] = Number(0);
+                    }
+                }
+            }
+        });
+
+        for (int s = 2; s <= 2 * tokens - 2; ++s) {
+            block.phase([&](Thread& thread, int warp, int lane) {
+                const int first = 1 + warp * OWN, low = lowest(s, tokens), high = s / 2;
+                if (first > high || first + OWN <= low) return;
+                const Number* own = jumps + (before(s, tokens) + first - low) * COEFFICIENTS;
+                const Number* arriving = edges + (((s - 1) & 1) * block.warps + warp - 1) * RANK * COLUMNS;
+                Number* leaving = edges + ((s & 1) * block.warps + warp) * RANK * COLUMNS;
+                UNROLL for (int i = OWN - 1; i >= 0; --i) {  // downwards: the row above still has its last cell
+                    const int m = first + i, k = s - m;
+                    if (m < low || m > high) continue;
+                    Number above[RANK][WIDTH];
+                    UNROLL for (int r = 0; r < RANK; ++r) {
+                        UNROLL for (int j = 0; j < WIDTH; ++j) {
+                            const int column = lane + LANES * j;
+                            if (i > 0) {
+                                above[r][j] = thread.value[i > 0 ? i - 1 : 0][r][j];
+                            } else {
+                                above[r][j] = warp ? arriving[r * COLUMNS + column] : tile[(k * RANK + r) * COLUMNS + column];
+                                if (k == m) thread.solved[0][r][j] = tile[((m - 1) * RANK + r) * COLUMNS + column];
+                            }
+                        }
+                    }
+                    UNROLL for (int r = 0; r < RANK; ++r) {
+                        UNROLL for (int j = 0; j < WIDTH; ++j) {  // before the row's first cell, corner and value are 0
+                            thread.value[i][r][j] = (above[r][j] - thread.corner[i][r][j]) + thread.value[i][r][j];
+                            thread.corner[i][r][j] = above[r][j];
+                        }
+                        UNROLL for (int c = 0; c < RANK; ++c) {
+                            const Number jump = RESIDENT ? own[i * COEFFICIENTS + r * RANK + c]
+                                                         : coefficient(system, k * RANK + r, (m - 1) * RANK + c);
+                            UNROLL for (int j = 0; j < WIDTH; ++j) {
+                                thread.value[i][r][j] = thread.value[i][r][j] + jump * thread.solved[i][c][j];
+                            }
+                        }
+                    }
+                    if (i < OWN - 1 && k != m) continue;
+                    UNROLL for (int r = 0; r < RANK; ++r) {
+                        UNROLL for (int j = 0; j < WIDTH; ++j) {
+                            const int column = lane + LANES * j;
+                            const Number found = thread.value[i][r][j];
+                            if (i == OWN - 1) leaving[r * COLUMNS + column] = found;
+                            if (k != m) continue;
+                            tile[(m * RANK + r) * COLUMNS + column] = found;
+                            if (i < OWN - 1) thread.solved[i < OWN - 1 ? i + 1 : 0][r][j] = found;
+                        }
+                    }
+                }
+            });
+        }
+
+        block.phase([&](Thread&, int warp, int lane) {
+            for (int p = warp; p < system.rows; p += block.warps) {
+                UNROLL for (int j = 0; j < WIDTH; ++j) {
+                    const int column = lane + LANES * j;
+                    system.store(p, first_column + column, tile[p * COLUMNS + column]);
+                }
+            }
+        });
+    }
+};
+
+}  // namespace parallelflow
