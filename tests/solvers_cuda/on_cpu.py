@@ -39,7 +39,7 @@ class Counts(NamedTuple):
 def library(definitions: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
     folder = tempfile.mkdtemp(prefix="parallelflow-solvers-")
     made = Path(folder) / "block.so"
-    options = ["-std=c++17", "-O2", "-fPIC", "-shared", f"-I{SOURCE}"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-I{SOURCE}"]
     options += [f"-D{name}={value}" for name, value in definitions if name != "BLOCK_WARPS"]
     assert COMPILER is not None
     subprocess.run([COMPILER, *options, str(HERE / "block.cpp"), "-o", str(made)], check=True)
