@@ -101,7 +101,8 @@ def _kernel(
 ) -> tuple[nvrtc.Kernel, Layout]:
     """A system's kernel and layout; chunks that are laid out alike share the machine code."""
     properties = torch.cuda.get_device_properties(device)
-    layout = Layout.of(KERNELS[name], number.itemsize, tokens, rank, properties.shared_memory_per_block_optin)
+    shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    layout = Layout.of(KERNELS[name], number.itemsize, tokens, rank, shared_bytes)
     definitions = layout.definitions(NUMBERS[number], ELEMENTS[element])
     cubin = machine_code(tuple(definitions.items()), f"sm_{properties.major}{properties.minor}")
     return nvrtc.Kernel(cubin, "solve", device, layout.memory * number.itemsize), layout

@@ -47,18 +47,29 @@ struct SigDelta {
         Number* edges = tile + system.rows * COLUMNS;                                          // [2, warps, RANK, COLUMNS]
 
         block.phase([&](Thread& thread, int warp, int lane) {
-            for (int p = warp; p < system.rows; p += block.warps) {
-                UNROLL for (int j = 0; j < WIDTH; ++j) {
-                    const int column = lane + LANES * j;
-                    tile[p * COLUMNS + column] = system.load(p, first_column + column);
+            for (int first = warp; first < system.rows; first += block.warps * BATCH) {
+                Number z[BATCH][WIDTH];
+                UNROLL for (int b = 0; b < BATCH; ++b) {
+                    const int p = first + block.warps * b;
+                    UNROLL for (int j = 0; j < WIDTH; ++j) {
+                        z[b][j] = p < system.rows ? system.load(p, first_column + lane + LANES * j) : Number(0);
+                    }
+                }
+                UNROLL for (int b = 0; b < BATCH; ++b) {
+                    const int p = first + block.warps * b;
+                    UNROLL for (int j = 0; j < WIDTH; ++j) {
+                        if (p < system.rows) tile[p * COLUMNS + lane + LANES * j] = z[b][j];
+                    }
                 }
             }
             if (RESIDENT) {
-                system.template each_pair<RANK>(warp, block.warps, lane, [&](int p, int q) {
-                    const int k = p / RANK, m = q / RANK + 1;
-                    const int cell = before(k + m, tokens) + m - lowest(k + m, tokens);
-                    jumps[cell * COEFFICIENTS + p % RANK * RANK + q % RANK] = coefficient(system, p, q);
-                });
+                system.template each_pair<RANK>(
+                    warp, block.warps, lane, [&](int p, int q) { return coefficient(system, p, q); },
+                    [&](int p, int q, Number jump) {
+                        const int k = p / RANK, m = q / RANK + 1;
+                        const int cell = before(k + m, tokens) + m - lowest(k + m, tokens);
+                        jumps[cell * COEFFICIENTS + p % RANK * RANK + q % RANK] = jump;
+                    });
             }
             UNROLL for (int i = 0; i < OWN; ++i) {
                 UNROLL for (int r = 0; r < RANK; ++r) {

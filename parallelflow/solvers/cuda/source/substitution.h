@@ -33,6 +33,15 @@ struct Substitution {
         Number* known = gram + (RESIDENT ? COEFFICIENTS * (warps * warps * (OWN * (OWN + 1) / 2)) : 0);  // [2, RANK, COLUMNS]
 
         block.phase([&](Thread& thread, int warp, int lane) {
+            if (RESIDENT) {
+                system.template each_pair<RANK>(
+                    warp, warps, lane, [&](int p, int q) { return system.entry(p, q); },
+                    [&](int p, int q, Number entry) {
+                        const int k = p / RANK, m = q / RANK;
+                        const int pair = sent(m, k % warps, warps) + k / warps - m / warps;
+                        gram[pair * COEFFICIENTS + p % RANK * RANK + q % RANK] = entry;
+                    });
+            }
             UNROLL for (int i = 0; i < OWN; ++i) {
                 const int k = i * warps + warp;
                 UNROLL for (int r = 0; r < RANK; ++r) {
@@ -43,13 +52,6 @@ struct Substitution {
                         if (k == 0) known[r * COLUMNS + column] = z;
                     }
                 }
-            }
-            if (RESIDENT) {
-                system.template each_pair<RANK>(warp, warps, lane, [&](int p, int q) {
-                    const int k = p / RANK, m = q / RANK;
-                    const int pair = sent(m, k % warps, warps) + k / warps - m / warps;
-                    gram[pair * COEFFICIENTS + p % RANK * RANK + q % RANK] = system.entry(p, q);
-                });
             }
         });
 

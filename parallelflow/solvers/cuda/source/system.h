@@ -6,6 +6,7 @@
 namespace parallelflow {
 
 constexpr int LANES = 32;  // threads of a warp, one column each (WIDTH columns, LANES apart)
+constexpr int BATCH = 8;   // reads of a thread under way at once
 
 // The transposed system, its rows taken backwards, is again strictly lower triangular: it is solved as that one.
 template <class Number, class Element>
@@ -29,13 +30,23 @@ struct System {
         if (column < columns) narrow(x, solution[static_cast<long long>(row(p)) * columns + column]);
     }
 
-    // visit(p, q, G[p, q]) of all pairs of rows of which q's token is the earlier, neighbours in memory side by side.
-    template <int RANK, class Visit>
-    DEVICE void each_pair(int warp, int warps, int lane, Visit visit) const {
-        for (int major = warp; major < rows; major += warps) {
+    // visit(p, q, read(p, q)) of all pairs of rows of which q's token is the earlier, neighbours in memory side by side,
+    // and BATCH reads under way at once.
+    template <int RANK, class Read, class Visit>
+    DEVICE void each_pair(int warp, int warps, int lane, Read read, Visit visit) const {
+        for (int first = warp; first < rows; first += warps * BATCH) {
             for (int minor = lane; minor < rows; minor += LANES) {
-                const int p = transposed ? row(minor) : major, q = transposed ? row(major) : minor;
-                if (q / RANK < p / RANK) visit(p, q);
+                Number found[BATCH];
+                UNROLL for (int b = 0; b < BATCH; ++b) {
+                    const int major = first + warps * b;
+                    const int p = transposed ? row(minor) : major, q = transposed ? row(major) : minor;
+                    found[b] = major < rows && q / RANK < p / RANK ? read(p, q) : Number(0);
+                }
+                UNROLL for (int b = 0; b < BATCH; ++b) {
+                    const int major = first + warps * b;
+                    const int p = transposed ? row(minor) : major, q = transposed ? row(major) : minor;
+                    if (major < rows && q / RANK < p / RANK) visit(p, q, found[b]);
+                }
             }
         }
     }
