@@ -1,5 +1,5 @@
-// A solver as a kernel, for what is defined on the command line: SOLVER, with its template arguments; NUMBER, of G and of
-// all arithmetic; ELEMENT, of the right side and the solution; BLOCK_WARPS. A block solves one system for a tile of columns.
+// A solver as a kernel, for what is defined before: SOLVER, with its template arguments; NUMBER, of G and of all
+// arithmetic; ELEMENT, of the right side and the solution; BLOCK_WARPS. A block solves one system in a tile of columns.
 #include "sigdelta.h"
 #include "substitution.h"
 

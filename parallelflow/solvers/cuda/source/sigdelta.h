@@ -6,8 +6,8 @@
 //
 // Stage s computes the cells of the anti-diagonal m + k = s. A thread owns OWN rows m of the grid in a tile of columns
 // and goes along them, one cell a stage: F(m, k-1) and F(m-1, k-1) are what it had the stage before, F(m-1, m-1) stays
-// the same all along the row, and F(m-1, k) is what the row above found the stage before: in the same thread, or, at the
-// first of its rows, in the warp before, whence it comes through shared memory. 2 tokens - 3 stages.
+// the same all along the row, and F(m-1, k) is what the row above found the stage before: in the same thread, or, at
+// the first of its rows, in the warp before, whence it comes through shared memory. 2 tokens - 3 stages.
 #pragma once
 
 #include "system.h"
@@ -42,9 +42,10 @@ struct SigDelta {
     template <class Block, class System>
     static DEVICE void run(Block& block, const System& system, Number* memory) {
         const int tokens = system.tokens, first_column = system.first_column;
+        // Differences of Γ; Z [rows, COLUMNS], then X; what a warp's last row found [2, warps, RANK, COLUMNS].
         Number* jumps = memory;
-        Number* tile = jumps + (RESIDENT ? COEFFICIENTS * (tokens * (tokens - 1) / 2) : 0);  // Z, then X in its place
-        Number* edges = tile + system.rows * COLUMNS;                                          // [2, warps, RANK, COLUMNS]
+        Number* tile = jumps + (RESIDENT ? COEFFICIENTS * (tokens * (tokens - 1) / 2) : 0);
+        Number* edges = tile + system.rows * COLUMNS;
 
         block.phase([&](Thread& thread, int warp, int lane) {
             for (int first = warp; first < system.rows; first += block.warps * BATCH) {
@@ -97,7 +98,8 @@ struct SigDelta {
                             if (i > 0) {
                                 above[r][j] = thread.value[i > 0 ? i - 1 : 0][r][j];
                             } else {
-                                above[r][j] = warp ? arriving[r * COLUMNS + column] : tile[(k * RANK + r) * COLUMNS + column];
+                                const Number* first_row = tile + k * RANK * COLUMNS;  // F(0, k)
+                                above[r][j] = (warp ? arriving : first_row)[r * COLUMNS + column];
                                 if (k == m) thread.solved[0][r][j] = tile[((m - 1) * RANK + r) * COLUMNS + column];
                             }
                         }

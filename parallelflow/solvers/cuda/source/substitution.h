@@ -30,7 +30,8 @@ struct Substitution {
     static DEVICE void run(Block& block, const System& system, Number* memory) {
         const int tokens = system.tokens, warps = block.warps, first_column = system.first_column;
         Number* gram = memory;
-        Number* known = gram + (RESIDENT ? COEFFICIENTS * (warps * warps * (OWN * (OWN + 1) / 2)) : 0);  // [2, RANK, COLUMNS]
+        // [2, RANK, COLUMNS]: the token that is sent, and the next one.
+        Number* known = gram + (RESIDENT ? COEFFICIENTS * (warps * warps * (OWN * (OWN + 1) / 2)) : 0);
 
         block.phase([&](Thread& thread, int warp, int lane) {
             if (RESIDENT) {
@@ -62,7 +63,9 @@ struct Substitution {
                 block.phase([&](Thread& thread, int warp, int lane) {
                     Number x[RANK][WIDTH];
                     UNROLL for (int r = 0; r < RANK; ++r) {
-                        UNROLL for (int j = 0; j < WIDTH; ++j) x[r][j] = known[((m & 1) * RANK + r) * COLUMNS + lane + LANES * j];
+                        UNROLL for (int j = 0; j < WIDTH; ++j) {
+                            x[r][j] = known[((m & 1) * RANK + r) * COLUMNS + lane + LANES * j];
+                        }
                     }
                     const Number* own = gram + sent(m, warp, warps) * COEFFICIENTS;
                     UNROLL for (int i = 0; i < OWN; ++i) {

@@ -30,8 +30,8 @@ struct System {
         if (column < columns) narrow(x, solution[static_cast<long long>(row(p)) * columns + column]);
     }
 
-    // visit(p, q, read(p, q)) of all pairs of rows of which q's token is the earlier, neighbours in memory side by side,
-    // and BATCH reads under way at once.
+    // visit(p, q, read(p, q)) of all pairs of rows of which q's token is the earlier, neighbours in memory side by
+    // side, and BATCH reads under way at once.
     template <int RANK, class Read, class Visit>
     DEVICE void each_pair(int warp, int warps, int lane, Read read, Visit visit) const {
         for (int first = warp; first < rows; first += warps * BATCH) {
