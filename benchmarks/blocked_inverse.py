@@ -76,25 +76,23 @@ def solve_kernel(gram, inverse, right, solution, n, columns, BLOCKS: tl.constexp
     column = (flat % tiles * BD).to(tl.int32) + tl.arange(0, BD)
     i = tl.arange(0, B)
     for turn in tl.static_range(BLOCKS):
-        own: tl.constexpr = BLOCKS - 1 - turn if TRANSPOSED else turn
+        own = BLOCKS - 1 - turn if TRANSPOSED else turn
         row = own * B + i
         inside = (row < n)[:, None] & (column < columns)[None, :]
         place_ = row[:, None] * columns + column[None, :]
         z = tl.load(right + place_, mask=inside, other=0.0).to(tl.float32)
         for before in tl.static_range(turn):
-            other: tl.constexpr = BLOCKS - 1 - before if TRANSPOSED else before
-            far = other * B + i
+            far = (BLOCKS - 1 - before if TRANSPOSED else before) * B + i
             known = tl.load(solution + far[:, None] * columns + column[None, :],
                             mask=(far < n)[:, None] & (column < columns)[None, :], other=0.0)  # fmt: skip
             if TRANSPOSED:
-                met = entries(gram, far[None, :], row[:, None], n)
+                met = tl.trans(entries(gram, far[:, None], row[None, :], n))
             else:
                 met = entries(gram, row[:, None], far[None, :], n)
             z += tl.dot(met.to(DTYPE), known, input_precision=PRECISION)
+        block = tl.load(inverse + own * B * B + i[:, None] * B + i[None, :])
         if TRANSPOSED:
-            block = tl.load(inverse + own * B * B + i[None, :] * B + i[:, None])
-        else:
-            block = tl.load(inverse + own * B * B + i[:, None] * B + i[None, :])
+            block = tl.trans(block)
         x = tl.dot(block, z.to(DTYPE), input_precision=PRECISION)
         tl.store(solution + place_, x.to(DTYPE), mask=inside)
         if turn + 1 < BLOCKS:

@@ -115,18 +115,21 @@ def integrate(
         cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation (there is none either where
             the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
-        solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
+        solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``. On an NVIDIA GPU
+            ``substitution`` and ``sigdelta`` are kernels for chunks of up to 256 rows, up to 4 of a token at once.
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``; or ``distributed``: across the ranks
             of ``context_group``, and ``sequential`` on each. A rank's tensors are its tokens, in the order of ranks, as
             many as it likes; ``cu_seqlens`` are of the whole line, on every rank; ``initial_state`` counts where a
             sequence's first token is (for B sequences side by side, on the first rank; None elsewhere will do). All
             ranks make the same calls, forward and backward.
-        backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
-            ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or 128
-            and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. In 16 and 32
-            bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left as they are (kernels choose
-            their own chunks), they serve any rows up to 16 a token; forced on anything else they raise. Up to 64 tokens
-            a sequence without gradients, ``triton`` and ``auto`` on a GPU take the recurrence itself, in one kernel.
+        backend: ``torch`` (anywhere), ``cuda`` (the same with the solver ``sigdelta`` or ``substitution`` as a kernel,
+            which ``auto`` takes for them where it fits), ``cpu`` (compiled at first use by the system's C++ compiler,
+            on Linux), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K
+            of 64 or 128 and V a multiple of 64), or ``auto``: the fastest that fits, ``torch`` where none does. In 16
+            and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left as they are (kernels
+            choose their own chunks), ``cpu``, ``triton`` and ``hopper`` serve any rows up to 16 a token; forced on
+            anything else they raise. Up to 64 tokens a sequence without gradients, ``triton`` and ``auto`` on a GPU
+            take the recurrence itself, in one kernel.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
             nothing to gain, and their results do not change.

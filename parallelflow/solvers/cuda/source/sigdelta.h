@@ -35,8 +35,19 @@ struct SigDelta {
 
     template <class System>
     static DEVICE Number coefficient(const System& system, int p, int q) {
+        if (p >= system.rows) return Number(0);
         const Number own = system.entry(p, q);
         return q / RANK + 1 < p / RANK ? own - system.entry(p - RANK, q) : own;
+    }
+
+    // A token's rows to shared memory, or from there.
+    static DEVICE void exchange(Number (&rows)[RANK][WIDTH], Number* place, bool out) {
+        UNROLL for (int r = 0; r < RANK; ++r) {
+            UNROLL for (int j = 0; j < WIDTH; ++j) {
+                if (out) place[r * COLUMNS + LANES * j] = rows[r][j];
+                else rows[r][j] = place[r * COLUMNS + LANES * j];
+            }
+        }
     }
 
     template <class Block, class System>
@@ -83,52 +94,55 @@ struct SigDelta {
 
         for (int s = 2; s <= 2 * tokens - 2; ++s) {
             block.phase([&](Thread& thread, int warp, int lane) {
-                const int first = 1 + warp * OWN, low = lowest(s, tokens), high = s / 2;
-                if (first > high || first + OWN <= low) return;
+                const int first = 1 + warp * OWN, last = first + OWN - 1, low = lowest(s, tokens), high = s / 2;
+                if (first > high || last < low) return;
                 const Number* own = jumps + (before(s, tokens) + first - low) * COEFFICIENTS;
-                const Number* arriving = edges + (((s - 1) & 1) * block.warps + warp - 1) * RANK * COLUMNS;
-                Number* leaving = edges + ((s & 1) * block.warps + warp) * RANK * COLUMNS;
-                UNROLL for (int i = OWN - 1; i >= 0; --i) {  // downwards: the row above still has its last cell
-                    const int m = first + i, k = s - m;
-                    if (m < low || m > high) continue;
-                    Number above[RANK][WIDTH];
+                const Number* arriving = edges + (((s - 1) & 1) * block.warps + warp - 1) * RANK * COLUMNS + lane;
+                Number* leaving = edges + ((s & 1) * block.warps + warp) * RANK * COLUMNS + lane;
+                // F(m-1, k) for the first row; behind the row's end anything will do, as all that is found there.
+                const Number* outside = warp ? arriving : tile + smaller(s - 1, tokens - 1) * RANK * COLUMNS + lane;
+                const auto cell = [&](int i, bool begun) {
+                    Number above[RANK][WIDTH], found[RANK][WIDTH];
+                    const int p = (s - first - i) * RANK, q = (first + i - 1) * RANK;
                     UNROLL for (int r = 0; r < RANK; ++r) {
                         UNROLL for (int j = 0; j < WIDTH; ++j) {
-                            const int column = lane + LANES * j;
-                            if (i > 0) {
-                                above[r][j] = thread.value[i > 0 ? i - 1 : 0][r][j];
-                            } else {
-                                const Number* first_row = tile + k * RANK * COLUMNS;  // F(0, k)
-                                above[r][j] = (warp ? arriving : first_row)[r * COLUMNS + column];
-                                if (k == m) thread.solved[0][r][j] = tile[((m - 1) * RANK + r) * COLUMNS + column];
-                            }
-                        }
-                    }
-                    UNROLL for (int r = 0; r < RANK; ++r) {
-                        UNROLL for (int j = 0; j < WIDTH; ++j) {  // before the row's first cell, corner and value are 0
-                            thread.value[i][r][j] = (above[r][j] - thread.corner[i][r][j]) + thread.value[i][r][j];
-                            thread.corner[i][r][j] = above[r][j];
+                            above[r][j] = i ? thread.value[i ? i - 1 : 0][r][j] : outside[r * COLUMNS + LANES * j];
+                            found[r][j] = (above[r][j] - thread.corner[i][r][j]) + thread.value[i][r][j];
                         }
                         UNROLL for (int c = 0; c < RANK; ++c) {
                             const Number jump = RESIDENT ? own[i * COEFFICIENTS + r * RANK + c]
-                                                         : coefficient(system, k * RANK + r, (m - 1) * RANK + c);
+                                                         : coefficient(system, p + r, q + c);
                             UNROLL for (int j = 0; j < WIDTH; ++j) {
-                                thread.value[i][r][j] = thread.value[i][r][j] + jump * thread.solved[i][c][j];
+                                found[r][j] = found[r][j] + jump * thread.solved[i][c][j];
                             }
                         }
                     }
-                    if (i < OWN - 1 && k != m) continue;
                     UNROLL for (int r = 0; r < RANK; ++r) {
-                        UNROLL for (int j = 0; j < WIDTH; ++j) {
-                            const int column = lane + LANES * j;
-                            const Number found = thread.value[i][r][j];
-                            if (i == OWN - 1) leaving[r * COLUMNS + column] = found;
-                            if (k != m) continue;
-                            tile[(m * RANK + r) * COLUMNS + column] = found;
-                            if (i < OWN - 1) thread.solved[i < OWN - 1 ? i + 1 : 0][r][j] = found;
+                        UNROLL for (int j = 0; j < WIDTH; ++j) {  // before the row's first cell, both are 0
+                            thread.value[i][r][j] = begun ? found[r][j] : thread.value[i][r][j];
+                            thread.corner[i][r][j] = begun ? above[r][j] : thread.corner[i][r][j];
+                        }
+                    }
+                };
+                if (s == 2 * first) exchange(thread.solved[0], tile + (first - 1) * RANK * COLUMNS + lane, false);
+                // Downwards: the row above still has its last cell. No branch, so that no row waits for the reads of another.
+                if (s > 2 * last) {
+                    UNROLL for (int i = OWN - 1; i >= 0; --i) cell(i, true);
+                } else {
+                    UNROLL for (int i = OWN - 1; i >= 0; --i) cell(i, first + i <= high);
+                }
+                if (s == 2 * high && high <= last) {  // F(high, high) is solved
+                    UNROLL for (int i = 0; i < OWN; ++i) {
+                        if (first + i != high) continue;
+                        exchange(thread.value[i], tile + high * RANK * COLUMNS + lane, true);
+                        UNROLL for (int r = 0; r < RANK && i + 1 < OWN; ++r) {
+                            UNROLL for (int j = 0; j < WIDTH; ++j) {
+                                thread.solved[i + 1 < OWN ? i + 1 : 0][r][j] = thread.value[i][r][j];
+                            }
                         }
                     }
                 }
+                if (last <= high) exchange(thread.value[OWN - 1], leaving, true);
             });
         }
 
