@@ -133,25 +133,39 @@ def test_no_row_sees_a_later_one(name):
     assert torch.equal(solve(gram, changed, layout)[0][:, :23], solve(gram, right, layout)[0][:, :23])
 
 
-@pytest.mark.parametrize(("rank", "tokens"), [(1, 16), (1, 64), (2, 16), (2, 64), (4, 16), (4, 64)], ids=str)
-def test_operations_and_stages_are_those_of_the_theory(rank, tokens):
+def executed_cells(layout):
+    """Cells of the grid that sigDelta's threads compute, a column: all of a warp's rows in every stage of any of them,
+    so that the cells before a row's start and behind its end are computed too, and not used."""
+    cells = 0
+    for first in range(1, layout.tokens, layout.own):
+        last_stage = min(first + layout.own - 1 + layout.tokens - 1, 2 * layout.tokens - 2)
+        cells += layout.own * (last_stage - 2 * first + 1)
+    return cells
+
+
+@pytest.mark.parametrize("lone", [True, False], ids=["one row a thread", "the layout in use"])
+@pytest.mark.parametrize(("rank", "tokens"), [(1, 16), (1, 64), (2, 16), (4, 16)], ids=str)
+def test_operations_and_stages_are_those_of_the_theory(rank, tokens, lone):
     """Counted while the source runs. Of one column: substitution takes C(C-1)R² operations, sigDelta (1 + 1/R) times as
-    many; its differences of G are one subtraction an entry, once a tile. Stages: C - 1 and 2C - 3."""
+    many; its differences of G are one subtraction an entry, once a tile. Stages: C - 1 and 2C - 3. With several rows a
+    thread sigDelta computes cells that nobody needs, and no more stages."""
     cells = tokens * (tokens - 1) // 2
-    counts, columns = {}, {}
+    counts, layouts = {}, {}
     for name in SOLVERS:
         layout = Layout.of(name, 4, tokens, rank, HOPPER)
+        layouts[name] = replace(layout, own=1) if lone else layout
         gram, right = system(rank, tokens, columns=layout.columns)
-        found, counts[name] = solve(gram, right, layout, number="Counted")
+        found, counts[name] = solve(gram, right, layouts[name], number="Counted")
         assert off(found, exact(gram, right)) <= 1e-12
-        columns[name] = layout.columns
     found = counts["Substitution"]
-    assert found.operations == columns["Substitution"] * cells * 2 * rank**2
+    assert found.operations == layouts["Substitution"].columns * cells * 2 * rank**2
     assert found.stages == tokens - 1
     assert found.chain == (rank + 1) * (tokens - 1)
-    found = counts["SigDelta"]
+    found, layout = counts["SigDelta"], layouts["SigDelta"]
     differences = rank**2 * (cells - (tokens - 1))
-    assert found.operations == columns["SigDelta"] * cells * 2 * rank * (rank + 1) + differences
+    if lone:
+        assert executed_cells(layout) == cells
+    assert found.operations == layout.columns * executed_cells(layout) * 2 * rank * (rank + 1) + differences
     assert found.stages == 2 * tokens - 3
     assert 2 * (tokens - 1) * (rank + 1) <= found.chain <= (2 * tokens - 3) * (rank + 2)
 
