@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from benchmarks import report
 from benchmarks.blocked_inverse import BlockedInverse
 from parallelflow.solvers import Factorisation
 from parallelflow.solvers.cuda import COMPILED
+from parallelflow.solvers.cuda.layout import Layout
+from parallelflow.solvers.cuda.solve import KERNELS, machine_code
 
 COLUMNS = 256  # K + V
 TOKENS, HEADS, FEW = 4 * 4096, 16, 16
-CHUNKS, RANKS, DTYPES = (16, 32, 64), (1, 2, 3, 4), ("float32", "bfloat16")
-CALLS = 8  # in a graph
+CHUNKS, RANKS, DTYPES = (16, 32, 64), (1, 2, 4), ("float32", "bfloat16")
+CALLS = 4  # in a graph
 CHECKED = 16  # systems compared with float64
 
 
@@ -65,7 +68,7 @@ def device_ms(call: Callable[[], Any]) -> float:
         for _ in range(CALLS):
             call()
     graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
     for event in events:
         event.record()
         graph.replay()
@@ -102,16 +105,32 @@ def measure(method: str, chunk: int, rank: int, name: str, count: int) -> report
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
+def compile_kernels(shapes: list[tuple[int, int, str]]) -> None:
+    """The CUDA kernels, side by side, for each takes the compiler a second or more."""
+    card = torch.cuda.get_device_properties(0)
+
+    def compile_kernel(shape: tuple[int, int, str], count: int, solver: str) -> None:
+        chunk, rank, name = shape
+        width = Layout.width_of(solver, 4, count * COLUMNS, card.multi_processor_count)
+        layout = Layout.of(solver, 4, chunk, rank, card.shared_memory_per_block_optin, width)
+        machine_code(layout, torch.float32, getattr(torch, name), f"sm_{card.major}{card.minor}")
+
+    with ThreadPoolExecutor() as pool:
+        counts = (FEW, TOKENS // max(CHUNKS) * HEADS)
+        list(pool.map(compile_kernel, *zip(*itertools.product(shapes, counts, KERNELS.values()), strict=True)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunk", type=int, action="append", help="tokens; 16, 32 and 64 unless given")
-    parser.add_argument("--rank", type=int, action="append", help="rows of a token; 1 to 4 unless given")
+    parser.add_argument("--rank", type=int, action="append", help="rows of a token; 1, 2 and 4 unless given")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="both unless given")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "solvers.json")
     parser.add_argument("--commit", default="", help="the commit that is measured; default: asked of git")
     arguments = parser.parse_args()
     rows = []
-    shapes = itertools.product(arguments.chunk or CHUNKS, arguments.rank or RANKS, arguments.dtype or DTYPES)
+    shapes = list(itertools.product(arguments.chunk or CHUNKS, arguments.rank or RANKS, arguments.dtype or DTYPES))
+    compile_kernels(shapes)
     for chunk, rank, name in shapes:
         for count in (TOKENS // chunk * HEADS, FEW):
             for method in METHODS:

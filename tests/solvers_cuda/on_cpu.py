@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.kernels.cpu.build import COMPILER
-from parallelflow.solvers.cuda.layout import Layout
+from parallelflow.solvers.cuda.layout import WIDTH, Layout
 from parallelflow.solvers.cuda.solve import SOURCE
 
 HERE = Path(__file__).parent
@@ -33,6 +33,11 @@ class Counts(NamedTuple):
     @property
     def stages(self) -> int:
         return self.barriers - 2
+
+
+def layout_of(solver: str, number_bytes: int, tokens: int, rank: int, shared: int = HOPPER) -> Layout:
+    """The layout for many systems."""
+    return Layout.of(solver, number_bytes, tokens, rank, shared, WIDTH[solver][number_bytes])
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from parallelflow.kernels.cpu.build import COMPILER
 from parallelflow.solvers import Factorisation, cuda
 from parallelflow.solvers.cuda import nvrtc
 from parallelflow.solvers.cuda import solve as compiled
-from parallelflow.solvers.cuda.layout import Layout
 from parallelflow.testing import Sizes, relative_error
 from tests.cases import MODELS, gradients, require_grad
-from tests.solvers_cuda.on_cpu import HOPPER, solve
+from tests.solvers_cuda.on_cpu import layout_of, solve
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -35,7 +35,7 @@ class OnCpu(Factorisation):
         batch = torch.broadcast_shapes(self.gram.shape[:-2], right.shape[:-2])
         gram, z = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (self.gram, right.double()))
         rows = gram.shape[-1]
-        layout = Layout.of(compiled.KERNELS[self.name], 8, rows // self.block, self.block, HOPPER)
+        layout = layout_of(compiled.KERNELS[self.name], 8, rows // self.block, self.block)
         found = solve(gram, z, layout, transposed=transposed)[0]
         return found.unflatten(0, batch).to(right.dtype)
 
@@ -174,7 +174,7 @@ def test_the_kernel_itself_is_well_formed(tmp_path):
     words = "#define __global__\n#define __shared__\n#define __launch_bounds__(n)\ninline void __syncthreads() {}\n"
     words += "struct Three { unsigned x; };\ninline Three threadIdx, blockIdx;\n"
     for name in compiled.KERNELS.values():
-        layout = Layout.of(name, 4, 64, 2, HOPPER)
+        layout = layout_of(name, 4, 64, 2)
         defined = "".join(f"#define {key} {value}\n" for key, value in layout.definitions("float", "BFloat16").items())
         path = tmp_path / "kernel.cpp"
         path.write_text(defined + words + (compiled.SOURCE / "kernel.cu").read_text())
@@ -184,10 +184,10 @@ def test_the_kernel_itself_is_well_formed(tmp_path):
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC")
-@pytest.mark.parametrize("element", ["float", "BFloat16", "Float16"])
+@pytest.mark.parametrize("element", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", compiled.KERNELS.values())
 def test_it_compiles_for_a_gpu(name, element):
-    layout = Layout.of(name, 4, 64, 2, HOPPER)
-    assert compiled.machine_code(tuple(layout.definitions("float", element).items()), "sm_90")[:4] == b"\x7fELF"
+    layout = layout_of(name, 4, 64, 2)
+    assert compiled.machine_code(layout, torch.float32, element, "sm_90")[:4] == b"\x7fELF"
     with pytest.raises(nvrtc.Unavailable, match="NVRTC does not compile the kernel"):
-        compiled.machine_code((("SOLVER", "Nothing"),), "sm_90")
+        compiled.machine_code(replace(layout, solver="Nothing"), torch.float32, element, "sm_90")

@@ -9,8 +9,8 @@ import torch
 
 from parallelflow.kernels.cpu.build import COMPILER
 from parallelflow.solvers import sigdelta, substitution
-from parallelflow.solvers.cuda.layout import MOST_RANK, MOST_ROWS, Layout
-from tests.solvers_cuda.on_cpu import HOPPER, solve
+from parallelflow.solvers.cuda.layout import MOST_RANK, MOST_ROWS
+from tests.solvers_cuda.on_cpu import HOPPER, layout_of, solve
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -42,7 +42,7 @@ def off(found, expected):
 @pytest.mark.parametrize(("rank", "tokens"), SHAPES, ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solve_and_its_transpose(name, rank, tokens):
-    layout = Layout.of(name, 8, tokens, rank, HOPPER)
+    layout = layout_of(name, 8, tokens, rank)
     gram, right = system(rank, tokens, columns=layout.columns + 3)
     for transposed in (False, True):
         assert off(solve(gram, right, layout, transposed=transposed)[0], exact(gram, right, transposed)) <= 1e-13
@@ -53,7 +53,7 @@ def test_it_is_the_solver_that_it_is_called(name):
     """Operation for operation, but for the order of the sums over a token's rows."""
     for rank, tokens in ((1, 40), (3, 11)):
         gram, right = system(rank, tokens)
-        layout = Layout.of(name, 8, tokens, rank, HOPPER)
+        layout = layout_of(name, 8, tokens, rank)
         factors = SOLVERS[name](gram.nan_to_num(), rank)
         assert off(solve(gram, right, layout)[0], factors.solve(right)) <= 1e-14
         turned = solve(gram, right, layout, transposed=True)[0]
@@ -74,7 +74,7 @@ def test_correlated_keys_in_float32(name, rank, tokens, beta, transposed):
     token = torch.arange(rows) // rank
     gram = (-beta / rank * (keys @ keys.mT) * (token[:, None] > token)).float().double()[None]
     right = torch.randn(1, rows, 8, generator=generator).double()
-    layout = Layout.of(name, 4, tokens, rank, HOPPER)
+    layout = layout_of(name, 4, tokens, rank)
     found = solve(gram, right, layout, number="float", transposed=transposed)[0]
     condition = float(torch.linalg.cond(torch.eye(rows) - gram[0]))
     allowed = torch.finfo(torch.float32).eps * condition * (rows**0.5 if name == "SigDelta" else 1)
@@ -89,7 +89,7 @@ def test_decays_of_every_strength(name):
     choice = torch.randint(0, 4, gram.shape, generator=generator)
     strengths = torch.tensor([1.0, 1 - 1e-6, torch.exp(torch.tensor(-100.0)), 0.0], dtype=torch.float64)
     gram = (gram * strengths[choice]).float().double()
-    layout = Layout.of(name, 4, 64, 1, HOPPER)
+    layout = layout_of(name, 4, 64, 1)
     for transposed in (False, True):
         found = solve(gram, right, layout, number="float", transposed=transposed)[0]
         rounding = torch.finfo(torch.float32).eps * float(torch.linalg.cond(torch.eye(64) - gram.nan_to_num()).max())
@@ -100,13 +100,13 @@ def test_decays_of_every_strength(name):
 def test_sixteen_bits_are_rounded_once(name):
     gram, right = system(2, 20, columns=40)
     right = right.bfloat16()
-    layout = Layout.of(name, 4, 20, 2, HOPPER)
+    layout = layout_of(name, 4, 20, 2)
     found = solve(gram.float().double(), right, layout, number="float", element="BFloat16")[0]
     expected = exact(gram.float().double(), right)
     near = expected.bfloat16()
     assert off(found, expected) <= 1.01 * off(near, expected)
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-40, 0.0, 3.3895e38]).expand(1, 2, 6).bfloat16()
-    kept = solve(torch.zeros(1, 2, 2).double(), special, Layout.of(name, 4, 1, 2, HOPPER), number="float",
+    kept = solve(torch.zeros(1, 2, 2).double(), special, layout_of(name, 4, 1, 2), number="float",
                  element="BFloat16")[0]  # fmt: skip
     assert torch.equal(kept.isnan(), special.isnan())
     assert torch.equal(kept[~kept.isnan()], special[~special.isnan()])
@@ -117,7 +117,7 @@ def test_sixteen_bits_are_rounded_once(name):
 def test_every_layout_gives_the_same_bits(name, rank, tokens):
     """Tiles, tokens a thread and where G lies change who computes what, and no sum."""
     gram, right = system(rank, tokens, columns=70)
-    layout = Layout.of(name, 8, tokens, rank, HOPPER)
+    layout = layout_of(name, 8, tokens, rank)
     expected = solve(gram, right, layout)[0]
     for change in ({"resident": False}, {"own": 3, "width": layout.width * 2}):
         assert torch.equal(solve(gram, right, replace(layout, **change))[0], expected), change
@@ -127,7 +127,7 @@ def test_every_layout_gives_the_same_bits(name, rank, tokens):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_row_sees_a_later_one(name):
     gram, right = system(1, 40)
-    layout = Layout.of(name, 8, 40, 1, HOPPER)
+    layout = layout_of(name, 8, 40, 1)
     changed = right.clone()
     changed[:, 23:] += 1
     assert torch.equal(solve(gram, changed, layout)[0][:, :23], solve(gram, right, layout)[0][:, :23])
@@ -152,7 +152,7 @@ def test_operations_and_stages_are_those_of_the_theory(rank, tokens, lone):
     cells = tokens * (tokens - 1) // 2
     counts, layouts = {}, {}
     for name in SOLVERS:
-        layout = Layout.of(name, 4, tokens, rank, HOPPER)
+        layout = layout_of(name, 4, tokens, rank)
         layouts[name] = replace(layout, own=1) if lone else layout
         gram, right = system(rank, tokens, columns=layout.columns)
         found, counts[name] = solve(gram, right, layouts[name], number="Counted")
@@ -177,6 +177,6 @@ def test_every_size_fits_the_smallest_card(name):
         for tokens in range(1, MOST_ROWS // rank + 1):
             for number_bytes in (4, 8):
                 for shared in (99 * 1024, HOPPER):
-                    layout = Layout.of(name, number_bytes, tokens, rank, shared)
+                    layout = layout_of(name, number_bytes, tokens, rank, shared)
                     assert layout.memory * number_bytes <= shared, layout
                     assert layout.warps <= 32, layout

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 LANES = 32  # threads of a warp
 MOST_ROWS = 256  # of a system
 MOST_RANK = 4  # rows of a token
-ROWS_OF_A_THREAD = 16  # so many rows of a tile of columns stay in its registers
+ROWS_OF_A_THREAD = {"SigDelta": 8, "Substitution": 16}  # so many rows of a tile of columns stay in its registers
+MOST_WARPS = 16  # of a block: with more a thread has too few registers
 WIDTH = {"SigDelta": {4: 2, 8: 1}, "Substitution": {4: 4, 8: 2}}  # columns of a thread, by bytes of a number
 
 
@@ -25,10 +26,10 @@ class Layout:
     resident: bool
 
     @staticmethod
-    def of(solver: str, number_bytes: int, tokens: int, rank: int, shared_bytes: int) -> Layout:
-        """The layout for a device whose blocks may take ``shared_bytes``: narrower tiles, then G out of shared memory,
-        where there is too little."""
-        own, width = max(1, ROWS_OF_A_THREAD // rank), WIDTH[solver][number_bytes]
+    def of(solver: str, number_bytes: int, tokens: int, rank: int, shared_bytes: int, width: int) -> Layout:
+        """The layout for a device whose blocks may take ``shared_bytes``: narrower tiles than ``width``, then G out of
+        shared memory, where there is too little. No layout changes a bit of the solution."""
+        own = max(1, ROWS_OF_A_THREAD[solver] // rank, -(-tokens // MOST_WARPS))
         layout = Layout(solver, number_bytes, tokens, rank, own, width, True)
         while layout.memory * number_bytes > shared_bytes and layout.width > 1:
             layout = replace(layout, width=layout.width // 2)
@@ -37,6 +38,14 @@ class Layout:
         while layout.memory * number_bytes > shared_bytes and layout.width > 1:
             layout = replace(layout, width=layout.width // 2)
         return layout
+
+    @staticmethod
+    def width_of(solver: str, number_bytes: int, columns: int, multiprocessors: int) -> int:
+        """Columns of a thread for so many columns of all systems: fewer where more multiprocessors get a tile."""
+        width = WIDTH[solver][number_bytes]
+        while width > 1 and columns < LANES * width * multiprocessors:
+            width //= 2
+        return width
 
     @property
     def warps(self) -> int:

@@ -86,7 +86,8 @@ class Compiled(Factorisation):
             return solution
         device = gram.device.index
         with torch.cuda.device(device):
-            kernel, layout = _kernel(self.name, gram.dtype, right.dtype, rows // self.block, self.block, device)
+            width = Layout.width_of(KERNELS[self.name], gram.element_size(), solution.numel() // rows, _size(device))
+            kernel, layout = _kernel(self.name, gram.dtype, right.dtype, rows // self.block, self.block, width, device)
             tiles = -(-columns // layout.columns)
             numbers = [ctypes.c_int(x) for x in (layout.tokens, rows, columns, tiles, transposed)]
             addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (gram, right, solution)]
@@ -97,20 +98,29 @@ class Compiled(Factorisation):
 
 @cache
 def _kernel(
-    name: str, number: torch.dtype, element: torch.dtype, tokens: int, rank: int, device: int
+    name: str, number: torch.dtype, element: torch.dtype, tokens: int, rank: int, width: int, device: int
 ) -> tuple[nvrtc.Kernel, Layout]:
     """A system's kernel and layout; chunks that are laid out alike share the machine code."""
     properties = torch.cuda.get_device_properties(device)
     shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    layout = Layout.of(KERNELS[name], number.itemsize, tokens, rank, shared_bytes)
-    definitions = layout.definitions(NUMBERS[number], ELEMENTS[element])
-    cubin = machine_code(tuple(definitions.items()), f"sm_{properties.major}{properties.minor}")
+    layout = Layout.of(KERNELS[name], number.itemsize, tokens, rank, shared_bytes, width)
+    cubin = machine_code(layout, number, element, f"sm_{properties.major}{properties.minor}")
     return nvrtc.Kernel(cubin, "solve", device, layout.memory * number.itemsize), layout
 
 
 @cache
-def machine_code(definitions: tuple[tuple[str, str], ...], architecture: str) -> bytes:
-    """``kernel.cu`` compiled with its definitions."""
+def _size(device: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def machine_code(layout: Layout, number: torch.dtype, element: torch.dtype, architecture: str) -> bytes:
+    """``kernel.cu`` compiled for a layout, as ``sm_90`` or another architecture."""
+    return _compiled(tuple(layout.definitions(NUMBERS[number], ELEMENTS[element]).items()), architecture)
+
+
+@cache
+def _compiled(definitions: tuple[tuple[str, str], ...], architecture: str) -> bytes:
     headers = nvrtc.read_sources(SOURCE)
     defined = "".join(f"#define {name} {value}\n" for name, value in definitions)
     return nvrtc.compile_cubin(defined + headers.pop("kernel.cu"), headers, architecture)
