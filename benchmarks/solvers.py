@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import itertools
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,7 +136,7 @@ def main() -> None:
         for count in (TOKENS // chunk * HEADS, FEW):
             for method in METHODS:
                 rows.append(measure(method, chunk, rank, name, count))
-                print(rows[-1], flush=True)
+                print(json.dumps(rows[-1]), flush=True)
     versions = {"PyTorch": torch.__version__, "Triton": importlib.metadata.version("triton")}
     head = {"kind": "solvers", "card": torch.cuda.get_device_name(), "versions": versions}
     report.save({**head, "commit": report.commit(arguments.commit), "columns": COLUMNS, "rows": rows}, arguments.out)

@@ -134,8 +134,10 @@ def test_no_row_sees_a_later_one(name):
 
 
 def executed_cells(layout):
-    """Cells of the grid that sigDelta's threads compute, a column: all of a warp's rows in every stage of any of them,
-    so that the cells before a row's start and behind its end are computed too, and not used."""
+    """Cells of the grid that sigDelta's threads compute, a column. With one row a token these are all of a warp's rows
+    in every stage of any of them: the cells before a row's start and behind its end are computed too, and not used."""
+    if layout.rank > 1:
+        return layout.tokens * (layout.tokens - 1) // 2
     cells = 0
     for first in range(1, layout.tokens, layout.own):
         last_stage = min(first + layout.own - 1 + layout.tokens - 1, 2 * layout.tokens - 2)

@@ -92,15 +92,19 @@ struct SigDelta {
             }
         });
 
+        const int span = block.warps * RANK * COLUMNS;
+        int cells = 0;  // of the stages before
         for (int s = 2; s <= 2 * tokens - 2; ++s) {
+            const int low = lowest(s, tokens), high = s / 2;
+            const Number* known = edges + (s + 1) % 2 * span;
+            Number* next = edges + s % 2 * span;
             block.phase([&](Thread& thread, int warp, int lane) {
-                const int first = 1 + warp * OWN, last = first + OWN - 1, low = lowest(s, tokens), high = s / 2;
+                const int first = 1 + warp * OWN, last = first + OWN - 1;
                 if (first > high || last < low) return;
-                const Number* own = jumps + (before(s, tokens) + first - low) * COEFFICIENTS;
-                const Number* arriving = edges + (((s - 1) & 1) * block.warps + warp - 1) * RANK * COLUMNS + lane;
-                Number* leaving = edges + ((s & 1) * block.warps + warp) * RANK * COLUMNS + lane;
+                const Number* own = jumps + (cells + first - low) * COEFFICIENTS;
                 // F(m-1, k) for the first row; behind the row's end anything will do, as all that is found there.
-                const Number* outside = warp ? arriving : tile + smaller(s - 1, tokens - 1) * RANK * COLUMNS + lane;
+                const Number* outside = warp ? known + (warp - 1) * RANK * COLUMNS + lane
+                                             : tile + smaller(s - 1, tokens - 1) * RANK * COLUMNS + lane;
                 const auto cell = [&](int i, bool begun) {
                     Number above[RANK][WIDTH], found[RANK][WIDTH];
                     const int p = (s - first - i) * RANK, q = (first + i - 1) * RANK;
@@ -125,11 +129,16 @@ struct SigDelta {
                     }
                 };
                 if (s == 2 * first) exchange(thread.solved[0], tile + (first - 1) * RANK * COLUMNS + lane, false);
-                // Downwards: the row above still has its last cell. No branch, so that no row waits for the reads of another.
-                if (s > 2 * last) {
+                // Downwards: the row above still has its last cell. With one row a token, cells that nobody needs are
+                // computed too: they cost less than branches, at which every row would wait for its own reads.
+                if (s > 2 * last && (RANK == 1 || s - first < tokens)) {
                     UNROLL for (int i = OWN - 1; i >= 0; --i) cell(i, true);
                 } else {
-                    UNROLL for (int i = OWN - 1; i >= 0; --i) cell(i, first + i <= high);
+                    UNROLL for (int i = OWN - 1; i >= 0; --i) {
+                        const bool begun = first + i <= high;
+                        if (RANK == 1) cell(i, begun);
+                        else if (begun && first + i >= low) cell(i, true);
+                    }
                 }
                 if (s == 2 * high && high <= last) {  // F(high, high) is solved
                     UNROLL for (int i = 0; i < OWN; ++i) {
@@ -142,8 +151,9 @@ struct SigDelta {
                         }
                     }
                 }
-                if (last <= high) exchange(thread.value[OWN - 1], leaving, true);
+                if (last <= high) exchange(thread.value[OWN - 1], next + warp * RANK * COLUMNS + lane, true);
             });
+            cells += high - low + 1;
         }
 
         block.phase([&](Thread&, int warp, int lane) {
