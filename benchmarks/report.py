@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.compat_report import accelerate_table, compat_table
 from benchmarks.context_parallel_report import context_plot, context_table
+from benchmarks.solvers_report import solvers_table
 from benchmarks.tables import Result, Row, markdown, number, pyplot, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +183,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "compat": compat_table,
     "accelerate": accelerate_table,
     "context_parallel": context_table,
+    "solvers": solvers_table,
 }
 """What makes a table of a result, by the name after ``benchmarks:`` in a document's markers."""
 

@@ -198,7 +198,8 @@ class _FlowBackward(torch.autograd.Function):
             filled: list[Tensor | None] = [None] * len(inputs)
             for slot, tensor in zip(present, tensors, strict=True):
                 filled[slot] = tensor
-            return setting.plain(setting.tied(Inputs(*filled)))[:2]  # type: ignore[arg-type]
+            followed = setting._replace(plan=setting.plan.interpreted())
+            return followed.plain(setting.tied(Inputs(*filled)))[:2]  # type: ignore[arg-type]
 
         def pull(d_output: Tensor, d_final: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             (_, final), back = torch.func.vjp(run, *tensors)  # type: ignore[misc]
@@ -268,20 +269,20 @@ class Code(NamedTuple):
         traits, plan = setting.traits, setting.plan
         signs = [traits.read_sign, traits.value_sign, traits.lone_sign]
         flags = [int(traits.sequential), int(traits.raw), int(traits.tied), *signs, plan.chunk_size]
-        flags.append(int(setting.batch_invariant))
+        flags += [int(setting.batch_invariant), int(plan.compiled)]
         names = f"{plan.solver} {plan.aggregate} {setting.backend}"
         lists = (list(traits.positions), list(traits.lone_positions), list(setting.ties))
         return Code(flags, *lists, traits.scale, names)
 
     def setting(self, cu_seqlens: Tensor | None) -> Setting:
-        sequential, raw, tied, read_sign, value_sign, lone_sign, chunk_size, batch_invariant = self.flags
+        sequential, raw, tied, read_sign, value_sign, lone_sign, chunk_size, batch_invariant, compiled = self.flags
         traits = Traits(
             bool(sequential), bool(raw), tuple(self.positions), tuple(self.lone_positions),
             read_sign, value_sign, lone_sign, bool(tied), self.scale,
         )  # fmt: skip
         solver, aggregate, backend = self.names.split()
         starts = None if cu_seqlens is None else cu_seqlens.tolist()
-        plan = Plan(chunk_size, solver, aggregate)
+        plan = Plan(chunk_size, solver, aggregate, bool(compiled))
         return Setting(traits, plan, starts, backend, tuple(self.ties), bool(batch_invariant))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -21,10 +22,10 @@ from parallelflow.kernels.backend import elsewhere, fastest, kernels_of, refusal
 from parallelflow.problem import Inputs, Traits, autocast_dtype, canonical, may_read
 from parallelflow.serving import Store, through
 from parallelflow.serving import advance as advance_short
-from parallelflow.solvers import SOLVERS
+from parallelflow.solvers import SOLVERS, cuda
 from parallelflow.torch_backend import Plan
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "hopper")
+BACKENDS = ("auto", "torch", "cuda", "cpu", "triton", "hopper")
 
 
 class Result(NamedTuple):
@@ -57,7 +58,7 @@ class Options(TypedDict, total=False):
     chunk_size: int
     solver: Literal["tensor_inverse", "substitution", "sequential", "sigdelta"]
     aggregate: Literal["sequential", "associative", "segmented", "distributed"]
-    backend: Literal["auto", "torch", "cpu", "triton", "hopper"]
+    backend: Literal["auto", "torch", "cuda", "cpu", "triton", "hopper"]
     batch_invariant: bool
     state_positions: Sequence[int] | None
     validate: bool | None
@@ -114,19 +115,21 @@ def integrate(
         cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation (there is none either where
             the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
-        solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``.
+        solver: inside a chunk: ``tensor_inverse``, ``substitution``, ``sequential`` or ``sigdelta``. On an NVIDIA GPU
+            ``substitution`` and ``sigdelta`` are kernels for chunks of up to 256 rows, up to 4 of a token at once.
         aggregate: across chunks: ``sequential``, ``associative`` or ``segmented``; or ``distributed``: across the ranks
             of ``context_group``, and ``sequential`` on each. A rank's tensors are its tokens, in the order of ranks, as
             many as it likes; ``cu_seqlens`` are of the whole line, on every rank; ``initial_state`` counts where a
             sequence's first token is (for B sequences side by side, on the first rank; None elsewhere will do). All
             ranks make the same calls, forward and backward.
-        backend: ``torch`` (anywhere), ``cpu`` (compiled at first use by the system's C++ compiler, on Linux),
-            ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K of 64 or
-            128, V a multiple of 64, and tiles that shared memory holds), or ``auto``: the fastest that fits, ``torch``
-            where none does. In 16 and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and ``aggregate`` left
-            as they are (kernels choose their own chunks), they serve any rows up to 16 a token; forced on anything else
-            they raise. Up to 64 tokens a sequence without gradients, ``triton`` and ``auto`` on a GPU take the
-            recurrence itself, in one kernel.
+        backend: ``torch`` (anywhere), ``cuda`` (the same with the solver ``sigdelta`` or ``substitution`` as a kernel,
+            which ``auto`` takes for them where it fits), ``cpu`` (compiled at first use by the system's C++ compiler,
+            on Linux), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K
+            of 64 or 128, V a multiple of 64, and tiles that shared memory holds), or ``auto``: the fastest that fits,
+            ``torch`` where none does. In 16 and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and
+            ``aggregate`` left as they are (kernels choose their own chunks), ``cpu``, ``triton`` and ``hopper`` serve
+            any rows up to 16 a token; forced on anything else they raise. Up to 64 tokens a sequence without gradients,
+            ``triton`` and ``auto`` on a GPU take the recurrence itself, in one kernel.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
             nothing to gain, and their results do not change.
@@ -184,7 +187,7 @@ def integrate(
     checking = may_read(query) if validate is None else validate
     choice = (backend, chunk_size, solver, aggregate)
     if choice not in decided:
-        plan = Plan(int(chunk_size), solver, aggregate)
+        plan = _with_kernel(backend, inputs, traits, Plan(int(chunk_size), solver, aggregate))
         decided[choice] = plan, _choose_short(backend, inputs, traits, plan)
     plan, is_short = decided[choice]
     if torch.compiler.is_compiling() and store.plain and query.shape[1] != 1:
@@ -259,6 +262,7 @@ def _over_ranks(
         if may_read(query) if validate is None else validate:
             _check_log_decay(driver.log_decay)
         plan = Plan(int(options["chunk_size"]), options["solver"])
+        plan = _with_kernel(options["backend"], inputs, traits, plan)
         if inputs.query.numel():
             _choose(options["backend"], inputs, traits, plan)  # raises where a forced one does not fit
     except (TypeError, ValueError) as error:
@@ -296,6 +300,21 @@ def _check_log_decay(log_decay: Tensor | None) -> None:
         )
 
 
+def _with_kernel(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> Plan:
+    """The plan; with its solver as a CUDA kernel where there is one, and ``backend`` allows it."""
+    if backend not in ("auto", "cuda"):
+        return plan
+    rank, tokens = len(traits.positions), plan.chunk_size
+    if traits.sequential:
+        rank, tokens = min(rank, 1), tokens * rank
+    why = cuda.refusal(plan.solver, inputs.query.device, tokens, rank)
+    if why is None:
+        return replace(plan, compiled=True)
+    if backend == "cuda":
+        raise ValueError(f"backend: got 'cuda' with {why}")
+    return plan
+
+
 def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
     """``torch``, or the kernels that run."""
     tier, why = _meant(backend, inputs, traits, plan)
@@ -309,6 +328,7 @@ def _choose(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> str:
 def _meant(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> tuple[str, str | None]:
     """The tier that a choice of backend means, and why it cannot run; None where it can."""
     tier = fastest(inputs, traits) if backend == "auto" else backend
+    tier = "torch" if plan.compiled else tier
     if tier == "torch":
         return tier, None
     return tier, refusal(tier, inputs, traits) if plan == Plan() else f"{plan}, expected {Plan()}"

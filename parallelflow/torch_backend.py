@@ -6,7 +6,7 @@ starts each window again from the state that entered it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallelflow.aggregate import AGGREGATES, Recursion, Trajectory
 from parallelflow.problem import Inputs, Sizes, Traits, may_read, sizes_of, without_autocast
-from parallelflow.solvers import SOLVERS, Factorisation, tensor_inverse
+from parallelflow.solvers import SOLVERS, Factorisation, cuda, tensor_inverse
 from parallelflow.solvers.guarded import Guarded
 from parallelflow.system import Chunks, Gradients, System
 from parallelflow.windows import Assembly, Window, plan_windows
@@ -28,11 +28,17 @@ GROWTH = 24.0  # of ‖T‖ beyond which a chunk is solved in the widest dtype: 
 
 @dataclass(frozen=True)
 class Plan:
-    """The independent choices, by name: how time is cut, chunks are solved, and chunks are joined."""
+    """The independent choices, by name: how time is cut, chunks are solved, and chunks are joined. ``compiled``: the
+    solver's CUDA kernel solves."""
 
     chunk_size: int = 64
     solver: str = "tensor_inverse"
     aggregate: str = "sequential"
+    compiled: bool = field(default=False, repr=False)
+
+    def interpreted(self) -> Plan:
+        """The same with the solver as tensor algebra, which autograd can follow."""
+        return replace(self, compiled=False)
 
     def window_tokens(self, value_heads: int, time: int) -> int:
         """Tokens a window: never a matter of the batch. Flows are composed over the whole line at once."""
@@ -72,6 +78,8 @@ class Engine:
         are solved in the widest dtype from G on; all chunks, where values cannot be looked at or T is not formed.
         """
         solver, block = SOLVERS[self.plan.solver], 1 if self.traits.sequential else len(self.traits.positions)
+        if self.plan.compiled:
+            return cuda.COMPILED[self.plan.solver](chunks.accurate_gram(), block)
         if solver is not tensor_inverse or not may_read(gram):
             return solver(chunks.accurate_gram(), block)
         plain = tensor_inverse(gram[:, :, : chunks.solved, : chunks.solved], block)

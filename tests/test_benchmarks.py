@@ -287,3 +287,21 @@ def test_a_table_of_state_tracking():
     lines = state_tracking_report.table(content, list(state_tracking.LAYERS)).splitlines()
     assert f"| {name} | 75 (50–100) | 80 | 30 | 20 | 51.2 | 77.7 |" in lines
     assert "| *guessing* | 50 | 50 | 20 | 20 | 35.0 |  |" in lines
+
+
+def test_a_table_of_solvers(tmp_path, monkeypatch):
+    rows = [
+        {"chunk": 64, "rank": 1, "dtype": "float32", "systems": systems, "method": method, "error": 1e-7,
+         "error_correlated": 2e-7, "same_bits": True, "total_ms": time * systems, "solve_ms": 0.5,
+         "transposed_ms": 0.25}
+        for systems in (1, 4096)
+        for method, time in (("sigdelta", 3e-3), ("substitution", 2e-3), ("blocked_inverse", 1e-3))
+    ]  # fmt: skip
+    report.save(
+        {"kind": "solvers", "card": "A", "versions": {"X": "1"}, "columns": 256, "rows": rows}, tmp_path / "s.json"
+    )
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    lines = report.render("<!-- benchmarks: solvers s.json -->\n\n<!-- /benchmarks -->").splitlines()
+    assert "| 64 × 1 | float32 | 4,096 | 12.3 | 8.19 | 4.10 | 0.500 | 0.250 | 0.250 | 0.250 |" in lines
+    assert "| 64 × 1 | float32 | 1.0e-07 | 1.0e-07 | 1.0e-07 | 2.0e-07 | 2.0e-07 | 2.0e-07 |" in lines
+    assert any(line.endswith("Every method gave the same bits twice.") for line in lines)
