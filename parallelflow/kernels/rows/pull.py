@@ -85,8 +85,9 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
         "num_stages": 1,
     }  # fmt: skip
     if count:
-        launch = bind(pull_kernel, **constants, BK=width, TILES=tiles,
-                      BV=width_of(layout.V, 128 if query.element_size() == 2 else 32))  # fmt: skip
+        # Few waits where a tile holds all values of the usual heads; tiles of 64 were seen to fail on Hopper.
+        values = 128 if query.element_size() == 2 and layout.V > 64 else 32
+        launch = bind(pull_kernel, **constants, BK=width, TILES=tiles, BV=width_of(layout.V, values))
         launch(count * tiles, *arrays, batch * time, scale)
     if count and strong:
         launch = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32))
