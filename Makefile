@@ -30,7 +30,7 @@ demo: venv
 	$(BIN)/parallelflow demo $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

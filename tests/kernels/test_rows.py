@@ -41,7 +41,7 @@ def compare(model, sizes, dtype, *, starts=None, change=None, backend="triton"):
     state = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 3).to(DEVICE)
     options = {} if starts is None else {"cu_seqlens": torch.tensor(starts, device=DEVICE)}
     found = run(model, vectors, state, backend, **options)
-    again = run(model, vectors, state, backend, **options)
+    again = run(model, vectors, state, backend, **options) if DEVICE == "cuda" else found  # the interpreter is serial
     wide = {name: x.double() for name, x in vectors.items()}
     exact = run(model, wide, state.double(), "torch", **options)
     plain = run(model, {name: x.float() for name, x in vectors.items()}, state, "torch", **options)
@@ -56,7 +56,7 @@ def compare(model, sizes, dtype, *, starts=None, change=None, backend="triton"):
 
 @pytest.mark.parametrize("model", ROWS, ids=by_name)
 def test_float32(model):
-    compare(model, Sizes(2, 37, 1, 2, 20, 18, model.rows), torch.float32)
+    compare(model, Sizes(2 if DEVICE == "cuda" else 1, 37, 1, 2, 20, 18, model.rows), torch.float32)
 
 
 @pytest.mark.parametrize("model", ROWS, ids=by_name)
