@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.gpu import ceilings, medians, versions_of
+from benchmarks.gpu import captured, ceilings, medians, versions_of
 
 HEADS = 32
 BATCHES = (1, 8, 64, 512)
@@ -118,16 +118,12 @@ LIBRARIES: dict[str, Callable[[Problem, dict[str, Tensor]], Step | None]] = {"pa
 
 def on_the_card(calls: list[Callable[[], Any]]) -> float:
     """Microseconds of one of the calls, in a CUDA graph of all of them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_of_them() -> None:
         for call in calls:
             call()
+
+    graph, _ = captured(all_of_them)
     return medians(graph.replay, 0.2) * 1e3 / len(calls)
 
 

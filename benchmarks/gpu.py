@@ -235,18 +235,24 @@ def medians(call: Callable[[], Any], seconds: float = 0.4) -> float:
     return times[len(times) // 2]
 
 
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the call, and what it returned while captured, which the graph writes to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    return graph, kept
+
+
 def graphed(call: Callable[[], Any]) -> float | None:
     """Milliseconds of a CUDA graph of the call; None where it cannot be captured."""
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
+        graph, kept = captured(call)
         found = medians(graph.replay)
         del kept
         return found

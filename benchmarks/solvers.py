@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.blocked_inverse import BlockedInverse
+from benchmarks.gpu import captured
 from parallelflow.solvers import Factorisation
 from parallelflow.solvers.cuda import COMPILED
 from parallelflow.solvers.cuda.layout import Layout
@@ -58,16 +59,12 @@ METHODS = ("sigdelta", "substitution", "blocked_inverse")
 
 def device_ms(call: Callable[[], Any]) -> float:
     """Milliseconds of a call among others like it, the median of graphs of several."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def several() -> None:
         for _ in range(CALLS):
             call()
+
+    graph, _ = captured(several)
     graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
     for event in events:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 import parallelflow as pf
+from benchmarks.gpu import captured
 from parallelflow.testing import Sizes
 from tests.cases import STRUCTURES, by_name, gradients, token
 
@@ -192,20 +193,6 @@ def test_export(model):
         assert_same(found, Step()(state, *last.values()))
 
 
-def graph_of(call):
-    """A CUDA graph of the call, and what it returned while captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-    return graph, kept
-
-
 class TestOnAGPU:
     pytestmark = needs_gpu
 
@@ -219,7 +206,7 @@ class TestOnAGPU:
             outputs = run(model, tensors)
             return *outputs, *torch.autograd.grad(outputs, list(tensors.values()), weights)
 
-        graph, kept = graph_of(both)
+        graph, kept = captured(both)
         for seed in (1, 2):
             inputs, state = draw(model, dtype=dtype, seed=seed)
             with torch.no_grad():
@@ -244,7 +231,7 @@ class TestOnAGPU:
             return model(inputs, initial_state=state, **options).output
 
         with torch.no_grad():
-            graph, output = graph_of(lambda: call(store))
+            graph, output = captured(lambda: call(store))
             store.copy_(first)
             for slots, counts in (([4, 2], [3, 0]), ([-1, 3], [1, 2]), ([0, -1], [1, 1])):
                 indices.copy_(torch.tensor(slots))
@@ -261,7 +248,7 @@ class TestOnAGPU:
         where = host.to(DEVICE)
         options = {"cu_seqlens": where, "cu_seqlens_cpu": host if bounds[-1] > 64 else None}
         with torch.no_grad():
-            graph, output = graph_of(lambda: run(DELTA, inputs, **options)[0])
+            graph, output = captured(lambda: run(DELTA, inputs, **options)[0])
             other, _ = draw(DELTA, SIZES._replace(batch=1, length=bounds[-1]), seed=4)
             for name, x in other.items():
                 inputs[name].copy_(x)
