@@ -142,6 +142,21 @@ def to_boundary(decays, token, level):
 
 
 @triton.jit
+def boundary_factors(decays, tokens, level, R: tl.constexpr, L: tl.constexpr, RAW: tl.constexpr):
+    """Of queries, reads, writes and lone rows: readers from the first token of their block of 2^level, writers to its
+    last; of a family that there is none of, 0."""
+    q_token, n_token, m_token = tokens
+    q_factor = from_boundary(decays, q_token, level, False)
+    a_factor, b_factor, w_factor = 0, 0, 0
+    if R > 0:
+        a_factor = q_factor if R == 1 and not RAW else from_boundary(decays, n_token, level, RAW)
+        b_factor = to_boundary(decays, n_token, level)
+    if L > 0:
+        w_factor = b_factor if R == L else to_boundary(decays, m_token, level)
+    return q_factor, a_factor, b_factor, w_factor
+
+
+@triton.jit
 def same_block(late, early, level):
     """Which pairs of a later and an earlier token lie in one block of 2^level tokens."""
     late, early = late[:, None], early[None, :]

@@ -8,7 +8,7 @@ from parallelflow.kernels.chunks import locate_chunk
 from parallelflow.kernels.prepare import decay_between
 from parallelflow.kernels.rows import layout
 from parallelflow.kernels.rows.factors import (
-    from_boundary,
+    boundary_factors,
     from_middle,
     in_halves,
     in_three,
@@ -19,7 +19,6 @@ from parallelflow.kernels.rows.factors import (
     same_block,
     span,
     store_rows,
-    to_boundary,
     to_end,
     token_sums,
 )
@@ -41,16 +40,15 @@ def gram_of_halves(sums, rows, tokens, decays, level, R: tl.constexpr, L: tl.con
     g, p, g_lone, p_lone = sums
     q, a, b, w = rows
     q_token, n_token, m_token = tokens
-    q_factor = from_boundary(decays, q_token, level, False)
+    q_factor, a_factor, b_factor, w_factor = boundary_factors(decays, tokens, level, R, L, RAW)
     q *= q_factor
     if R > 0:
-        a *= q_factor if R == 1 and not RAW else from_boundary(decays, n_token, level, RAW)
-        b_factor = to_boundary(decays, n_token, level)
+        a *= a_factor
         b *= b_factor
         g = paired(g, a, b, in_halves(n_token, n_token, level), PRECISION, DTYPE)
         p = paired(p, q, b, in_halves(q_token, n_token, level), PRECISION, DTYPE)
     if L > 0:
-        w *= b_factor if R == L else to_boundary(decays, m_token, level)
+        w *= w_factor
         p_lone = paired(p_lone, q, w, in_halves(q_token, m_token, level), PRECISION, DTYPE)
         if R > 0:
             g_lone = paired(g_lone, a, w, in_halves(n_token, m_token, level), PRECISION, DTYPE)
@@ -140,14 +138,13 @@ def gram_of_channels(sums, widest, inputs, outputs, place, scale, FLOOR: tl.cons
         for level in range(BITS, LEVELS):  # the halves of blocks of more and more tokens
             g, p, g_lone, p_lone = gram_of_halves(
                 (g, p, g_lone, p_lone), rows, tokens, decays, level, R, L, RAW, PRECISION, DTYPE)  # fmt: skip
-        q_factor = from_boundary(decays, q_token, LEVELS, False)
+        q_factor, a_factor, b_factor, w_factor = boundary_factors(decays, tokens, LEVELS, R, L, RAW)
         q *= q_factor
         if R > 0:
-            a *= q_factor if R == 1 and not RAW else from_boundary(decays, n_token, LEVELS, RAW)
-            b_factor = to_boundary(decays, n_token, LEVELS)
+            a *= a_factor
             b *= b_factor
         if L > 0:
-            w *= b_factor if R == L else to_boundary(decays, m_token, LEVELS)
+            w *= w_factor
         store_rows(queries, q, first, length, head, column, Q, 1, HV, K)
         if R > 0:
             store_rows(reads, a, first, length, head, column, N, R, HV, K)

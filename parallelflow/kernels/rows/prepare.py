@@ -80,11 +80,6 @@ def inverse_kernel(gram, inverse, N: tl.constexpr, SPLIT: tl.constexpr, PRECISIO
         store_block(inverse, tl.reshape(x, [16, 16]), 0, 0, N)
 
 
-def widest(K: int, element_size: int) -> int:
-    """Columns of a tile of rows."""
-    return width_of(K, 32 if element_size > 2 else 64)
-
-
 def of_factor(name: str, factor: Factor | None) -> dict[str, int]:
     """What a kernel is compiled for, of one factor with a coefficient."""
     heads, kind, own, sign = (1, 0, 1, 1) if factor is None else (
@@ -115,9 +110,9 @@ def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write
     lone_gram = vacant(pairs, N, M, there=R > 0 and L > 0)
     channels = (layout.K,) if layout.decay == VECTOR_DECAY else ()
     total = vacant(pairs, *channels, there=layout.decay != NO_DECAY, dtype=torch.float32)
-    width = widest(layout.K, query.element_size())
     floors = vacant(pairs, there=layout.decay == VECTOR_DECAY, dtype=torch.int32)
     precision, full = float32_precision(query.device), query.element_size() > 2
+    width = width_of(layout.K, 32 if full else 64)
     for floor in layout.floors if pairs else ():
         launch = bind(
             gram_kernel, **sizes(layout), LEVELS=layout.levels, H=layout.heads, HV=heads, K=layout.K,

@@ -7,7 +7,7 @@ import triton.language as tl
 from parallelflow.kernels.chunks import locate_chunk
 from parallelflow.kernels.gradient import load_state
 from parallelflow.kernels.rows.factors import (
-    from_boundary,
+    boundary_factors,
     from_middle,
     in_halves,
     in_three,
@@ -18,7 +18,6 @@ from parallelflow.kernels.rows.factors import (
     places,
     same_block,
     store_rows,
-    to_boundary,
 )
 from parallelflow.kernels.rows.layout import MIDDLE, WHOLE
 from parallelflow.kernels.rows.slopes import from_here_on, load_pairs, meets, onto, own_and_later, through_own
@@ -70,19 +69,14 @@ def through_halves(gradients, slopes, rows, tokens, pairs, decays, level, R: tl.
     """Through pairs of tokens in the two halves of blocks of 2^(level + 1)."""
     g, p, g_lone, p_lone = pairs
     q_token, n_token, m_token = tokens
-    q_factor = from_boundary(decays, q_token, level, False)
-    a_factor, b_factor, w_factor = 0, 0, 0
+    factors = boundary_factors(decays, tokens, level, R, L, RAW)
     if R > 0:
-        a_factor = q_factor if R == 1 and not RAW else from_boundary(decays, n_token, level, RAW)
-        b_factor = to_boundary(decays, n_token, level)
         g = meets(g, in_halves(n_token, n_token, level))
         p = meets(p, in_halves(q_token, n_token, level))
     if L > 0:
-        w_factor = b_factor if R == L else to_boundary(decays, m_token, level)
         p_lone = meets(p_lone, in_halves(q_token, m_token, level))
         if R > 0:
             g_lone = meets(g_lone, in_halves(n_token, m_token, level))
-    factors = (q_factor, a_factor, b_factor, w_factor)
     return through_pairs(gradients, slopes, rows, factors, (g, p, g_lone, p_lone), R, L, PRECISION)
 
 
@@ -162,7 +156,8 @@ def pull_strong_kernel(query, read, read_coefficient, write, lone_write, log_dec
     ends = overlap * tl.load(total + flat * K + column, mask=column < K, other=0.0)
     q = load_rows(query, first, length, head, column, Q, 1, HV, H, K).to(tl.float32) * scale
     g, p, g_lone, p_lone = 0, 0, 0, 0
-    q_factor = from_boundary(decays, q_token, LEVELS, False)
+    lying = (q_token, n_token, m_token)
+    q_factor, a_factor, b_factor, w_factor = boundary_factors(decays, lying, LEVELS, R, L, RAW)
     dq *= q_factor
     if R > 0:
         a = load_factor(read, read_coefficient, first, length, head, column, N, R, HV, READ_HEADS, READ_KIND,
@@ -170,8 +165,7 @@ def pull_strong_kernel(query, read, read_coefficient, write, lone_write, log_dec
         b = load_rows(write, first, length, head, column, N, R, HV, WRITE_HEADS, K).to(tl.float32)
         g = load_pairs(gram, flat, N, N)
         p = load_pairs(scores, flat, Q, N)
-        da *= q_factor if R == 1 and not RAW else from_boundary(decays, n_token, LEVELS, RAW)
-        b_factor = to_boundary(decays, n_token, LEVELS)
+        da *= a_factor
         db *= b_factor
         ends += tl.sum(b * db, 0)
     if L > 0:
@@ -179,10 +173,10 @@ def pull_strong_kernel(query, read, read_coefficient, write, lone_write, log_dec
         p_lone = load_pairs(lone_scores, flat, Q, M)
         if R > 0:
             g_lone = load_pairs(lone_gram, flat, N, M)
-        dl *= b_factor if R == L else to_boundary(decays, m_token, LEVELS)
+        dl *= w_factor
         ends += tl.sum(w * dl, 0)
     # through the pairs of different tokens
-    gradients, rows, lying = (dq, da, db, dl), (q, a, b, w), (q_token, n_token, m_token)
+    gradients, rows = (dq, da, db, dl), (q, a, b, w)
     slopes, pairs = (q * dq, a * da, b * db, w * dl), (g, p, g_lone, p_lone)
     lowest = 0
     if C > MIDDLE_BLOCK:  # noqa: SIM102 - settled while compiling
