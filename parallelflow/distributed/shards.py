@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -75,8 +75,3 @@ class Shard:
 def even_lengths(total: int, size: int) -> list[int]:
     """``total`` tokens on ``size`` ranks, the first ones having one more where it does not divide."""
     return [total // size + (rank < total % size) for rank in range(size)]
-
-
-def holder(lengths: Sequence[int], token: int) -> int:
-    """The rank that holds a token."""
-    return bisect_right([*accumulate(lengths)], token)

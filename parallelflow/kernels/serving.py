@@ -20,7 +20,6 @@ LONGEST = 64
 """Tokens a sequence; beyond, chunks are faster."""
 
 STATES = (torch.float32, torch.bfloat16)
-INDICES = (torch.int32, torch.int64)
 
 
 def refusal(inputs: Inputs, traits: Traits) -> str | None:

@@ -18,7 +18,6 @@ FUNCTIONS: dict[str, Any] = {
     for name in names
 }
 _PLACES = ("", ".chunk", ".fused_recurrent", ".fused_chunk")  # modules of a family that hold functions of it
-_MISSING = object()
 
 
 class Installation:
