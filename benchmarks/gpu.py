@@ -54,6 +54,11 @@ class Problem(NamedTuple):
         return self.op not in ("ssd", "retention", "linear_attention", "gated_linear_attention")
 
     @property
+    def function(self) -> str:
+        """The name of this library's function."""
+        return "delta_product" if self.op == "gated_delta_product" else self.op
+
+    @property
     def channelwise(self) -> bool:
         """Whether the decay is one a key channel."""
         return self.op in ("kimi_delta_attention", "gated_linear_attention", "rwkv7")
@@ -82,11 +87,15 @@ PROBLEMS = [
     Problem("retention", 4, 4096, 16, 16),
     Problem("linear_attention", 4, 4096, 16, 16),
     Problem("kimi_delta_attention", 4, 4096, 16, 16),
+    Problem("kimi_delta_attention", 1, 32768, 16, 16),
     Problem("gated_linear_attention", 4, 4096, 16, 16),
     Problem("rwkv7", 4, 4096, 32, 32, 64, 64),
     Problem("delta_product", 4, 4096, 16, 16, rank=2),
+    Problem("delta_product", 4, 4096, 16, 16, rank=3),
     Problem("delta_product", 4, 4096, 16, 16, rank=4),
+    Problem("gated_delta_product", 4, 4096, 16, 16, rank=2),
     Problem("low_rank_flow", 4, 4096, 16, 16, rank=2),
+    Problem("low_rank_flow", 4, 4096, 16, 16, rank=4),
     Problem("gated_delta_rule", 1, 32768, 2, 8),
     Problem("gated_delta_rule", 1, 32768, 4, 16),
     Problem("gated_delta_rule", 1, 32768, 8, 32),
@@ -111,7 +120,7 @@ def draw(problem: Problem) -> dict[str, Tensor]:
         "key": unit(normal(b, t, h, k), dim=-1).bfloat16(),
         "value": normal(b, t, hv, v).bfloat16(),
     }
-    if op in ("delta_product", "low_rank_flow"):
+    if op in ("delta_product", "gated_delta_product", "low_rank_flow"):
         inputs["key"] = unit(normal(b, t, rank, h, k), dim=-1).bfloat16()
         inputs["value"] = normal(b, t, rank, hv, v).bfloat16()
     if op == "rwkv7":  # in-context rates in (0, 1), as the published layer has them
@@ -119,11 +128,11 @@ def draw(problem: Problem) -> dict[str, Tensor]:
         inputs |= {"read": (-removed).bfloat16(), "write": (removed * normal(b, t, h, k).sigmoid()).bfloat16()}
     elif op == "low_rank_flow":
         inputs |= {"read": -inputs["key"] / rank, "write": inputs.pop("key")}
-    elif op == "delta_product":
+    elif op in ("delta_product", "gated_delta_product"):
         inputs["beta"] = normal(b, t, rank, hv).sigmoid()
     elif problem.reads:
         inputs["beta"] = normal(b, t, hv).sigmoid()
-    if op in ("gated_delta_rule", "ssd") or problem.channelwise:
+    if op in ("gated_delta_rule", "ssd", "gated_delta_product") or problem.channelwise:
         shape = (b, t, hv, k) if problem.channelwise else (b, t, hv)
         inputs["log_decay"] = torch.nn.functional.logsigmoid(normal(*shape) + 3)
     return inputs
@@ -137,7 +146,7 @@ def heads_decay(heads: int, **options: Any) -> Tensor:
 def ours(problem: Problem, backend: str = "auto") -> Callable[..., Tensor]:
     import parallelflow
 
-    function = getattr(parallelflow, problem.op)
+    function = getattr(parallelflow, problem.function)
 
     def call(**inputs: Tensor) -> Tensor:
         if problem.op == "retention":
@@ -163,7 +172,7 @@ def peer(problem: Problem) -> Callable[..., Tensor]:
         scale = problem.key_dim**-0.5
         if problem.op == "rwkv7":
             return ops.chunk_rwkv7(query, log_decay, key, value, read, write, scale=scale)[0]
-        if problem.op == "delta_product":  # its rows lie one after another in time
+        if problem.function == "delta_product":  # its rows lie one after another in time
             key, value = (tensor.flatten(1, 2) for tensor in (key, value))
             rows = {"g": log_decay, "beta": beta.flatten(1, 2), "num_householder": problem.rank}
             return chunk_gated_delta_product(query, key, value, scale=scale, **rows)[0]
