@@ -25,7 +25,10 @@ from benchmarks.tables import Result, Row, markdown, number, pyplot, versions
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "context_parallel.md", ROOT / "docs" / "coming_from_fla.md")
+DOCUMENTS = (
+    README, ROOT / "docs" / "context_parallel.md", ROOT / "docs" / "coming_from_fla.md",
+    ROOT / "docs" / "performance" / "sigdelta.md",
+)  # fmt: skip
 
 PROBLEM = ("op", "batch", "time", "key_heads", "value_heads", "key_dim", "value_dim", "rank")
 OURS = "parallelflow"
