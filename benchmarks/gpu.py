@@ -16,10 +16,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import itertools
-import json
-import os
-import select
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import report, turns
 
 PREFIX = 1024  # tokens whose output is compared
 CHUNK = 64
@@ -332,61 +328,14 @@ def ceilings() -> dict[str, float]:
     return {"copy_gb_s": round(8 * 2**30 / copy / 1e6), "bf16_tflop_s": round(2 * 8192**3 / product / 1e9)}
 
 
-def worker(problem: Problem, library: str) -> None:
-    """In a process of its own: ``ready``, a line awaited, then the row. What libraries print goes to the log."""
-    parent = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def wait() -> None:
-        print("ready", file=parent, flush=True)
-        sys.stdin.readline()
-
-    print(json.dumps(measure(problem, library, wait)), file=parent, flush=True)
-
-
-def start(problem: Problem, library: str, folder: Path) -> subprocess.Popen[str]:
-    caches = folder / f"{library}-{PROBLEMS.index(problem)}"
-    variables = {"TRITON_CACHE_DIR": caches / "triton", "TILELANG_CACHE_DIR": caches / "tilelang"}
-    environment = {**os.environ, **{name: str(path) for name, path in variables.items()}, "FLA_FLASH_QLA": "0"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(PROBLEMS.index(problem)), "--library", library]
-    log = (folder / f"{library}-{PROBLEMS.index(problem)}.log").open("w")
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
-        cwd=report.ROOT,
-    )  # fmt: skip
-
-
-def line_of(process: subprocess.Popen[str], until: float) -> str:
-    """The next line of a process, or nothing where it ends or takes longer."""
-    assert process.stdout is not None
-    waiting = max(until - time.monotonic(), 0)
-    return process.stdout.readline().strip() if select.select([process.stdout], [], [], waiting)[0] else ""
-
-
-def run(chosen: list[tuple[Problem, str]], patience: float, folder: Path) -> list[report.Row]:
-    """The rows of all that answered."""
-    until = time.monotonic() + patience
-    processes = [(problem, library, start(problem, library, folder)) for problem, library in chosen]
-    ready = [(*each, line_of(each[2], until) == "ready") for each in processes]
-    for *_, process, answered in ready:
-        if not answered:
-            process.kill()
-    rows = []
-    for problem, library, process, answered in ready:
-        found = ""
-        if answered and process.stdin is not None:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            found = line_of(process, time.monotonic() + 60)
-            process.kill()
-        process.wait()
-        if found:
-            rows.append(json.loads(found))
-            print(json.dumps(rows[-1]), flush=True)
-        else:
-            log = (folder / f"{library}-{PROBLEMS.index(problem)}.log").read_text().strip().splitlines()
-            print(f"no row: {library}, {problem.op} {problem[1:5]}: {log[-1] if log else 'too slow'}", flush=True)
-    return rows
+def job(problem: Problem, library: str, folder: Path) -> turns.Job:
+    """The worker of a row, its compilers' caches empty."""
+    number = str(PROBLEMS.index(problem))
+    name = f"{library}-{problem.op}-{number}"
+    caches = {"TRITON_CACHE_DIR": "triton", "TILELANG_CACHE_DIR": "tilelang"}
+    environment = {variable: str(folder / name / cache) for variable, cache in caches.items()}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", number, "--library", library]
+    return turns.Job(name, command, {**environment, "FLA_FLASH_QLA": "0"})
 
 
 def main() -> None:
@@ -403,7 +352,8 @@ def main() -> None:
         name for name, (module, _) in LIBRARIES.items() if importlib.util.find_spec(module)
     ]
     if arguments.worker is not None:
-        worker(PROBLEMS[arguments.worker], libraries[0])
+        problem = PROBLEMS[arguments.worker]
+        turns.work(lambda wait: [measure(problem, libraries[0], wait)])
         return
     chosen = [
         (problem, library)
@@ -419,7 +369,8 @@ def main() -> None:
     head = {"kind": "gpu", "card": card, "versions": {**result.get("versions", {}), **versions_of(libraries)}}
     head["commit"] = report.commit(arguments.commit)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(chosen, arguments.patience, Path(folder))
+        jobs = [job(problem, library, Path(folder)) for problem, library in chosen]
+        rows = turns.run(jobs, arguments.patience, Path(folder))
     report.merge(result, rows)
     report.save({**head, "ceilings": ceilings(), "rows": result["rows"]}, path)
 

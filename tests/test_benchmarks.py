@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import report, state_tracking, state_tracking_report, tracker
+from benchmarks import report, state_tracking, state_tracking_report, tracker, turns
 from parallelflow.tasks import IGNORED
 
 SHAPE = {"op": "delta_rule", "batch": 4, "time": 4096, "key_heads": 16, "value_heads": 16, "key_dim": 128,
@@ -305,3 +305,29 @@ def test_a_table_of_solvers(tmp_path, monkeypatch):
     assert "| 64 × 1 | float32 | 4,096 | 12.3 | 8.19 | 4.10 | 0.500 | 0.250 | 0.250 | 0.250 |" in lines
     assert "| 64 × 1 | float32 | 1.0e-07 | 1.0e-07 | 1.0e-07 | 2.0e-07 | 2.0e-07 | 2.0e-07 |" in lines
     assert any(line.endswith("Every method gave the same bits twice.") for line in lines)
+
+
+def test_workers_get_ready_side_by_side_and_are_timed_in_turn(tmp_path, capsys):
+    order = tmp_path / "order"
+    source = f"""
+import sys
+from benchmarks import turns
+if sys.argv[1] == "broken":
+    sys.exit("it broke")
+def rows(wait):
+    print("what a library prints")
+    with open({str(order)!r}, "a") as file:
+        file.write("ready ")
+    wait()
+    for number in range(2):
+        with open({str(order)!r}, "a") as file:
+            file.write(sys.argv[1] + " ")
+        yield {{"of": sys.argv[1], "number": number}}
+turns.work(rows)
+"""
+    jobs = [turns.Job(name, [sys.executable, "-c", source, name], {}) for name in ("one", "broken", "two")]
+    rows = turns.run(jobs, 60, tmp_path)
+    assert [(row["of"], row["number"]) for row in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    assert order.read_text().split() == ["ready", "ready", "one", "one", "two", "two"]
+    assert "no row: broken: it broke" in capsys.readouterr().out
+    assert "what a library prints" in (tmp_path / "one.log").read_text()
