@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import Chunks, locate_window
+from .chunks import locate_window
 from .launch import bind
-from .prepare import Prepared
 from .products import float32_precision, product, shared_memory
-from .segments import Segments
+from .scans import Scans
 
 
 @triton.jit(do_not_specialize=["time", "tokens", "per_sequence", "halt"])
@@ -229,42 +228,7 @@ def _sizes(key: Tensor, value: Tensor) -> dict[str, int]:
     return {"H": key.shape[2], "HV": value.shape[2], "K": key.shape[3], "V": value.shape[3]}
 
 
-def forward_scan(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 initial_state: Tensor | None, output: Tensor, final_state: Tensor | None, ended: Tensor | None,
-                 halts: Tensor | None, halt: int) -> None:  # fmt: skip
-    """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V] and the
-    states at the entry of every `halt`-th chunk, [P, N, HV, K, V].
-
-    query, key [B, T, H, K], value [B, T, HV, V], contiguous; states in float32.  `ended`, of segments, says which
-    sequence ends with each.
-    """
-    _forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale, output=output,
-             owners=ended, halts=halts, halt=halt)  # fmt: skip
-
-
-def halting_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
-                 halts: Tensor, halt: int) -> None:  # fmt: skip
-    """The states at the entry of every `halt`-th chunk alone."""
-    _forward(key, value, prepared, chunks, initial_state, None, halts=halts, halt=halt)
-
-
-def flow_scan(key: Tensor, value: Tensor, prepared: Prepared, segments: Segments, *, initial_state: Tensor | None,
-              flows: Tensor) -> None:  # fmt: skip
-    """[H | P] of the leading segments, [F, HV, K, V + K] in float32 ([H] of rows that only write).
-
-    Of the segment that begins a sequence H is what the initial state [N, HV, K, V] becomes, and P is left open.
-    """
-    _forward(key, value, prepared, segments.layout, initial_state, flows, flows=segments.leading)
-
-
-def recompute_scan(key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
-                   entry_states: Tensor, innovation: Tensor) -> None:  # fmt: skip
-    """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V], in the value's dtype; without an
-    inverse R is the values, and is not written."""
-    _forward(key, value, prepared, chunks, initial_state, None, innovation=innovation, entry_states=entry_states)
-
-
-def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
+def launch_forward(key, value, prepared, chunks, initial_state, final_state, *, query=None, scale=1.0, output=None,
              innovation=None, entry_states=None, flows=None, owners=None, halts=None, halt=1):  # fmt: skip
     tied = prepared.inverse is not None
     options = configuration(key, value, tied)
@@ -285,24 +249,7 @@ def _forward(key, value, prepared, chunks, initial_state, final_state, *, query=
         chunks.time, chunks.length, chunks.per_sequence, halt, scale)  # fmt: skip
 
 
-def reverse_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
-                 d_final_state: Tensor | None, exit_gradients: Tensor, d_value: Tensor, d_initial_state: Tensor | None,
-                 begun: Tensor | None) -> None:  # fmt: skip
-    """Transposed gradients of the chunks' exit states [M, HV, V, K] and of the values, in the value's dtype; where
-    there is room for them, of the initial states in float32.  `begun`, of segments, says which sequence begins with
-    each."""
-    _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, d_value=d_value,
-             exit_gradients=exit_gradients, owners=begun)  # fmt: skip
-
-
-def reverse_flow_scan(query: Tensor, key: Tensor, d_output: Tensor, prepared: Prepared, segments: Segments, *,
-                      scale: float, d_final_state: Tensor | None, sources: Tensor) -> None:  # fmt: skip
-    """The gradients of the trailing segments' entry states if those of their exit states were zero, [F, HV, K, V] in
-    float32; of the segment that ends a sequence, the whole of it: its exit has the gradient of the final state."""
-    _reverse(query, key, d_output, prepared, segments.layout, scale, d_final_state, sources, flows=segments.trailing)
-
-
-def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, *, d_value=None,
+def launch_reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_initial_state, *, d_value=None,
              exit_gradients=None, flows=None, owners=None):  # fmt: skip
     tied = prepared.inverse is not None
     launch = bind(
@@ -317,3 +264,6 @@ def _reverse(query, key, d_output, prepared, chunks, scale, d_final_state, d_ini
         d_final_state, d_value, exit_gradients, d_initial_state, chunks.cu_seqlens, chunks.offsets,
         owners if flows is None else flows,
         chunks.time, chunks.length, chunks.per_sequence, scale)  # fmt: skip
+
+
+SCANS = Scans(tiles, launch_forward, launch_reverse)

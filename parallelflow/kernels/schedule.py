@@ -12,12 +12,13 @@ from torch import Tensor
 from . import gradient as portable_gradient
 from . import pieces, segments
 from . import prepare as portable_prepare
-from . import scan as portable_scan
 from .arena import Arena
 from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
 from .launch import Remembered
 from .pieces import Group
 from .prepare import Prepared, vacant_arrays
+from .scan import SCANS
+from .scans import Scans
 from .segments import Segments, known_segments, regular_segments
 
 HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
@@ -147,13 +148,13 @@ class Schedule:
         return torch.empty(arena.size, dtype=torch.uint8, device=device)
 
 
-def stages(tier: str, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Any, Any, Any]:
-    """The modules of a tier that prepare, scan and form gradients; the portable ones where Hopper's do not fit."""
+def stages(tier: str, query: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Any, Scans, Any]:
+    """What prepares, scans and forms gradients in a tier; the portable ones where Hopper's do not fit."""
     if tier == "triton":
-        return portable_prepare, portable_scan, portable_gradient
+        return portable_prepare, SCANS, portable_gradient
     if tier != "hopper":
         raise ValueError(f"tier: got {tier!r}, expected 'triton' or 'hopper'")
     from .hopper import gradient, prepare, scan
 
-    return (prepare if prepare.fits(query, key, chunks) else portable_prepare, scan,
+    return (prepare if prepare.fits(query, key, chunks) else portable_prepare, scan.SCANS,
             gradient if gradient.fits(query, value, chunks) else portable_gradient)  # fmt: skip

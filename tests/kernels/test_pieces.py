@@ -180,7 +180,7 @@ def test_bytes_on_hopper(batch, time, heads, value_heads, kept, scratch, everyth
     hopper = pytest.importorskip("parallelflow.kernels.hopper.gradient")
     from parallelflow.kernels.hopper import prepare, scan
 
-    monkeypatch.setattr(schedule, "stages", lambda *_: (prepare, scan, hopper))
+    monkeypatch.setattr(schedule, "stages", lambda *_: (prepare, scan.SCANS, hopper))
     query, value = (torch.empty(batch, time, h, 128, dtype=torch.bfloat16, device="meta") for h in (heads, value_heads))
     chunks = schedule.chunks_of(query, value, None, None)
     found = schedule.Schedule(query, query, value, chunks, True, "hopper", True, None)
