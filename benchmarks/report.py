@@ -55,7 +55,9 @@ def save(result: Result, path: Path) -> None:
 
 
 def merge(result: Result, rows: list[Row]) -> None:
-    """Rows join the result; one of the same problem and library is replaced."""
+    """Rows join the result; one of the same problem and library is replaced, and what stays names its commit."""
+    for row in result["rows"]:
+        row.setdefault("commit", result["commit"])
     key = lambda row: tuple(row.get(name) for name in (*PROBLEM, "state", "library"))  # noqa: E731
     kept = {key(row): row for row in result["rows"]} | {key(row): row for row in rows}
     result["rows"] = list(kept.values())
@@ -82,7 +84,8 @@ def gpu_table(result: Result) -> str:
         ours = rows.get(OURS)
         for library in (name for name in NAMES if name in rows):
             row = rows[library]
-            cells = [title, NAMES[library]]
+            commit = row.get("commit", result["commit"])
+            cells = [title, NAMES[library] + (f" ({commit})" if commit != result["commit"] else "")]
             for name in ("forward_ms", "forward_backward_ms"):
                 comparable = library != OURS and ours is not None and row[name] and ours[name]
                 cells += [number(row[name]), f"{row[name] / ours[name]:.2f} ×" if comparable else ""]
@@ -90,10 +93,8 @@ def gpu_table(result: Result) -> str:
             lines.append([*cells, number(row["extra_mib"]), number(row["first_call_s"], 2), error])
             title = ""
     ceilings = result["ceilings"]
-    apart = sorted(
-        {NAMES[row["library"]] for row in result["rows"] if row.get("commit", result["commit"]) != result["commit"]}
-    )
-    other = f" The rows of {' and '.join(apart)} are of an earlier run, on another card of the kind." if apart else ""
+    apart = any(row.get("commit", result["commit"]) != result["commit"] for row in result["rows"])
+    other = " A row that names a commit is of an earlier run, on another card of the kind." if apart else ""
     note = (
         f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions(result)}; copy "
         f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. "

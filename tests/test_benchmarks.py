@@ -69,6 +69,7 @@ def test_a_row_takes_the_place_of_an_older_one():
     assert [(row["time"], row["library"], row.get("forward_ms")) for row in found["rows"]] == [
         (4096, "fla", 0.5), (4096, "parallelflow", 0.2), (1, "fla", None),
     ]  # fmt: skip
+    assert [row.get("commit") for row in found["rows"]] == [None, "c", None]
 
 
 def test_results_are_kept_as_they_are(tmp_path):
@@ -88,6 +89,8 @@ def test_a_table_sets_libraries_beside_this_one(tmp_path, monkeypatch):
     assert "| `delta_rule` 4×4096, 16/16 | ParallelFlow | 0.200 |  | 0.700 |  | 713 | 15 | 3.8e-03 |" in lines
     assert "|  | FLA | 0.500 | 2.50 × | 0.700 | 1.00 × | 713 | 15 | 3.8e-03 |" in lines
     assert report.render("\n".join(lines)) == "\n".join(lines)
+    report.save(result({**rows[0], "commit": "b"}, rows[1]), tmp_path / "card.json")
+    assert "|  | FLA (b) | 0.500" in report.render(document)
 
 
 def test_a_table_says_in_which_mode_all_was_measured(tmp_path, monkeypatch):
