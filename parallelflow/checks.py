@@ -93,7 +93,7 @@ def nearest(word: object, choices: Iterable[str]) -> str:
 
 def expect_number(name: str, value: object) -> None:
     """TypeError unless ``value`` is a real number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {value!r}, expected a number")
 
 
@@ -106,7 +106,7 @@ def expect_positive_number(name: str, value: object) -> None:
 
 def expect_positive_integer(name: str, value: object) -> None:
     """TypeError or ValueError unless ``value`` is an int ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {value!r}, expected a positive integer")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected a positive integer")

@@ -151,7 +151,7 @@ def integrate(
 
     Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492).
     """
-    if not isinstance(driver, LowRankDriver | DriverSource):
+    if not isinstance(driver, (LowRankDriver, DriverSource)):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
     store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):

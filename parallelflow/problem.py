@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,9 +35,8 @@ class Inputs(NamedTuple):
     log_decay: Tensor | None = None
     initial_state: Tensor | None = None
 
-    @property
     def single(self) -> tuple[int, ...]:
-        """The slots whose tensors lack the R axis."""
+        """The slots whose tensors lack the R axis. (A property of a tuple PyTorch 2.9 could not trace.)"""
         slots: tuple[int, ...] = ()
         if self.write is not None and self.write.ndim == 4:
             slots += (1, 2, 3, 4, 5)
@@ -45,23 +44,26 @@ class Inputs(NamedTuple):
             slots += (6, 7, 8)
         return slots
 
-    def stacked(self) -> Inputs:
-        """The same with the R axis everywhere; ties stay ties."""
-        views: dict[int, Tensor] = {}
+    def each(self, slots: Iterable[int], function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with ``function`` of the tensors in these slots, called once for each: ties stay ties."""
         tensors: list[Tensor | None] = list(self)
-        for slot in self.single:
+        done: list[int] = []
+        for slot in slots:
             tensor = self[slot]
-            if tensor is not None:
-                tensors[slot] = views.setdefault(id(tensor), tensor.unsqueeze(2))
+            if tensor is None:
+                continue
+            same = [other for other in done if self[other] is tensor]
+            tensors[slot] = tensors[same[0]] if same else function(tensor)
+            done.append(slot)
         return Inputs(*tensors)  # type: ignore[arg-type]
+
+    def stacked(self) -> Inputs:
+        """The same with the R axis everywhere."""
+        return self.each(self.single(), lambda tensor: tensor.unsqueeze(2))
 
     def unstacked(self, like: Inputs) -> Inputs:
         """The same without the R axes that ``like`` lacks."""
-        tensors: list[Tensor | None] = list(self)
-        for slot in like.single:
-            tensor = self[slot]
-            tensors[slot] = None if tensor is None else tensor.squeeze(2)
-        return Inputs(*tensors)  # type: ignore[arg-type]
+        return self.each(like.single(), lambda tensor: tensor.squeeze(2))
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,23 @@ class Sizes(NamedTuple):
     compute_dtype: torch.dtype
 
 
+AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla") if torch.amp.is_autocast_available(device)
+)
+"""Devices that have autocast: asked for once, as PyTorch up to 2.11 cannot trace the question."""
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """What autocast makes of a factor of a matrix product: its dtype for float32, else what it is."""
     device = tensor.device.type
-    if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+    if tensor.dtype != torch.float32 or device not in AUTOCAST:
         return tensor.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A region in which sums and products keep their dtypes."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -128,7 +136,7 @@ def sizes_of(inputs: Inputs) -> Sizes:
     for tensor in inputs:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
-    single = inputs.single
+    single = inputs.single()
     heads = [inputs.query.shape[2]]
     heads += [t.shape[2 if slot in single else 3] for slot, t in enumerate(inputs[1:9], 1) if t is not None]
     heads += [t.shape[2] for t in inputs[9:10] if t is not None]

@@ -144,13 +144,9 @@ def _among(counts: Tensor, query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _only(inputs: Inputs, live: Tensor) -> Inputs:
     """The inputs with rows and decays of zero for all other tokens; ties stay ties."""
-    masked: dict[int, Tensor] = {}
-    tensors: list[Tensor | None] = list(inputs)
-    for slot, tensor in enumerate(inputs[1:10], 1):
-        if tensor is not None and id(tensor) not in masked:
-            masked[id(tensor)] = torch.where(live.view(*live.shape, *[1] * (tensor.ndim - 2)), tensor, 0)
-        tensors[slot] = None if tensor is None else masked[id(tensor)]
-    return Inputs(*tensors)  # type: ignore[arg-type]
+    return inputs.each(
+        range(1, 10), lambda tensor: torch.where(live.view(*live.shape, *[1] * (tensor.ndim - 2)), tensor, 0)
+    )
 
 
 # The kernel: eager, and as registered operators under torch.compile.

@@ -205,12 +205,7 @@ def _cut(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Tokens ``start`` to ``stop``; ties stay ties."""
     if start == 0 and stop == inputs.query.shape[1]:
         return inputs
-    views: dict[int, Tensor] = {}
-    for tensor in inputs[:-1]:
-        if tensor is not None:
-            views.setdefault(id(tensor), tensor[:, start:stop])
-    cut = [None if tensor is None else views[id(tensor)] for tensor in inputs[:-1]]
-    return Inputs(*cut, inputs.initial_state)  # type: ignore
+    return inputs.each(range(len(inputs) - 1), lambda tensor: tensor[:, start:stop])
 
 
 def _nothing(tied: Inputs, lanes: int) -> Flow:

@@ -244,7 +244,7 @@ def backward(
         gradients = gradients._replace(write=d_key, value=d_value, read_coefficient=d_coefficient)
     else:
         gradients = gradients._replace(lone_write=d_key, lone_value=d_value, lone_coefficient=d_coefficient)
-    return gradients if inputs.single else gradients.stacked()
+    return gradients if inputs.single() else gradients.stacked()
 
 
 @cache

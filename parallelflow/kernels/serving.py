@@ -137,7 +137,7 @@ def _plan(inputs: Inputs, traits: Traits, sequences: int, packed: bool, in_place
 
     _, value_heads, key_dim, value_dim, _ = sizes_of(inputs)
     batch, time = inputs.query.shape[:2]
-    single = set(inputs.single)
+    single = set(inputs.single())
     layouts, slots = [], []
     for slot, tensor in enumerate(inputs[:10]):
         if tensor is None:

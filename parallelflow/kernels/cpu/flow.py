@@ -57,7 +57,7 @@ def _layout(inputs: Inputs) -> _Layout:
     found = _KNOWN.recall(key)
     if found is not None:
         return found
-    single = inputs.single
+    single = inputs.single()
     axes = tuple(3 if 0 < slot < 9 and slot not in single else 2 for slot in range(SLOTS))
     arrays: list[int] = []
     strewn = []

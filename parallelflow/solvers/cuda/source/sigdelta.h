@@ -92,19 +92,16 @@ struct SigDelta {
             }
         });
 
-        const int span = block.warps * RANK * COLUMNS;
-        int cells = 0;  // of the stages before
         for (int s = 2; s <= 2 * tokens - 2; ++s) {
-            const int low = lowest(s, tokens), high = s / 2;
-            const Number* known = edges + (s + 1) % 2 * span;
-            Number* next = edges + s % 2 * span;
             block.phase([&](Thread& thread, int warp, int lane) {
-                const int first = 1 + warp * OWN, last = first + OWN - 1;
+                const int first = 1 + warp * OWN, last = first + OWN - 1, low = lowest(s, tokens), high = s / 2;
                 if (first > high || last < low) return;
-                const Number* own = jumps + (cells + first - low) * COEFFICIENTS;
+                // Found anew in every stage: carried along, they would make a stage wait for the one before.
+                const Number* own = jumps + (before(s, tokens) + first - low) * COEFFICIENTS;
+                const Number* arriving = edges + (((s - 1) & 1) * block.warps + warp - 1) * RANK * COLUMNS + lane;
+                Number* leaving = edges + ((s & 1) * block.warps + warp) * RANK * COLUMNS + lane;
                 // F(m-1, k) for the first row; behind the row's end anything will do, as all that is found there.
-                const Number* outside = warp ? known + (warp - 1) * RANK * COLUMNS + lane
-                                             : tile + smaller(s - 1, tokens - 1) * RANK * COLUMNS + lane;
+                const Number* outside = warp ? arriving : tile + smaller(s - 1, tokens - 1) * RANK * COLUMNS + lane;
                 const auto cell = [&](int i, bool begun) {
                     Number above[RANK][WIDTH], found[RANK][WIDTH];
                     const int p = (s - first - i) * RANK, q = (first + i - 1) * RANK;
@@ -151,9 +148,8 @@ struct SigDelta {
                         }
                     }
                 }
-                if (last <= high) exchange(thread.value[OWN - 1], next + warp * RANK * COLUMNS + lane, true);
+                if (last <= high) exchange(thread.value[OWN - 1], leaving, true);
             });
-            cells += high - low + 1;
         }
 
         block.phase([&](Thread&, int warp, int lane) {
