@@ -171,7 +171,7 @@ def decode_table(result: Result) -> str:
                 ratio = "" if library == OURS or ours is None else f", {row['step_us'] / ours['step_us']:.2f} ×"
                 cells.append(f"{number(row['step_us'])} µs, {100 * row['of_copy']:.0f} %{ratio}")
             host = [row["host_us"] for row in libraries[library].values() if row["host_us"] is not None]
-            lines.append([title, NAMES[library], *cells, number(min(host, default=None))])
+            lines.append([title, NAMES[library], *cells, number(max(host, default=None))])
             title = ""
     note = (
         f"One {result['card']}, one token a sequence, bfloat16, {versions(result)}; % of the rate of a large copy, "
