@@ -156,11 +156,11 @@ def integrate(
     store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):
         # Shapes are checked before rows are combined.
-        canonical(*_autocast(driver, query), initial_state, scale, store.stored)
+        canonical(*_autocast(driver, query), initial_state, scale, store.stored())
     if context_group is not None or aggregate == "distributed":
         if state_positions is not None:
             raise ValueError("state_positions: got some with a context_group, expected none")
-        if not store.plain:
+        if not store.plain():
             raise ValueError(
                 "context_group: got one with state_indices, in_place or accepted_tokens, expected none of those"
             )
@@ -173,7 +173,7 @@ def integrate(
     _check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
     expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
-        if not store.plain:
+        if not store.plain():
             raise ValueError(
                 "state_positions: got some with state_indices, in_place or accepted_tokens, expected one or the other"
             )
@@ -183,21 +183,21 @@ def integrate(
              "batch_invariant": batch_invariant, "validate": validate},
         )  # fmt: skip
     driver, query = _autocast(driver, query)
-    inputs, traits, decided = canonical(driver, query, initial_state, scale, store.stored)
+    inputs, traits, decided = canonical(driver, query, initial_state, scale, store.stored())
     checking = may_read(query) if validate is None else validate
     choice = (backend, chunk_size, solver, aggregate)
     if choice not in decided:
         plan = _with_kernel(backend, inputs, traits, Plan(int(chunk_size), solver, aggregate))
         decided[choice] = plan, _choose_short(backend, inputs, traits, plan)
     plan, is_short = decided[choice]
-    if torch.compiler.is_compiling() and store.plain and query.shape[1] != 1:
+    if torch.compiler.is_compiling() and store.plain() and query.shape[1] != 1:
         is_short = False  # a graph of many lengths is not split at 64 tokens
     is_short = is_short and nothing_to_record(inputs)
     on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
     if checking:
         _check_log_decay(driver.log_decay)
-    if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored or short.fits(initial_state)):
+    if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored() or short.fits(initial_state)):
         said, state = advance_short(inputs, traits, store, cu_seqlens, decided)
         return Result(said, state if return_final_state else None)
     if (choice, "tier") not in decided:
@@ -209,7 +209,7 @@ def integrate(
             return advance(inputs, traits, tier)
         return run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, final_state)
 
-    if store.plain:
+    if store.plain():
         output, final = engine(inputs, return_final_state)
     else:
         output, final = through(engine, inputs, store, cu_seqlens)
@@ -367,7 +367,7 @@ def _sequence_starts(
         if batch != 1:
             raise ValueError(f"cu_seqlens: got a query with batch {batch}, expected packed sequences in a batch of 1")
         sequences = cu_seqlens.shape[0] - 1
-    if not store.plain:
+    if not store.plain():
         store.check(inputs.initial_state, inputs.query, cu_seqlens, checking)
     if inputs.initial_state is not None and store.indices is None and inputs.initial_state.shape[0] != sequences:
         raise ValueError(

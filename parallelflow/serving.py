@@ -23,18 +23,16 @@ Engine = Callable[[Inputs], tuple[Tensor, Tensor | None]]
 class Store(NamedTuple):
     """Where states come from and go to. ``indices [N]``: each sequence's slot of the initial state, -1 for a row that
     is padding; ``accepted [N]``: the tokens of each sequence after which its state is kept; ``in_place``: whether it is
-    written where it was read. See ``integrate``."""
+    written where it was read. See ``integrate``. (No properties: PyTorch 2.9 traces a tuple's methods alone.)"""
 
     indices: Tensor | None = None
     accepted: Tensor | None = None
     in_place: bool = False
 
-    @property
     def plain(self) -> bool:
         """Whether there is nothing to do."""
         return self.indices is None and self.accepted is None and not self.in_place
 
-    @property
     def stored(self) -> bool:
         """Whether the initial state is a store, which may have 16 bits."""
         return self.in_place or self.indices is not None
@@ -54,7 +52,7 @@ class Store(NamedTuple):
                 raise ValueError(f"{name}: got shape {show(tensor)}, expected one number a sequence, [{sequences}]")
             if tensor.device != query.device:
                 raise ValueError(f"{name}: got device {tensor.device}, expected the query's, {query.device}")
-        if self.stored and initial_state is None:
+        if self.stored() and initial_state is None:
             name = "in_place" if self.in_place else "state_indices"
             raise ValueError(f"initial_state: got none with {name}, expected the states [slots, HV, K, V]")
         if self.indices is not None and initial_state is not None and initial_state.shape[0] == 0:
@@ -91,7 +89,7 @@ def through(engine: Engine, inputs: Inputs, store: Store, cu_seqlens: Tensor | N
             raise ValueError("in_place: got True where gradients are recorded, expected torch.no_grad() around it")
         assert held is not None
     valid = None
-    if held is not None and store.stored:
+    if held is not None and store.stored():
         entry = held
         if store.indices is not None:
             valid = store.indices >= 0
