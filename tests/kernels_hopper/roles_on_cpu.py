@@ -1,4 +1,4 @@
-"""A Gluon kernel of several warp roles on the CPU: every role is a thread, barriers and copies are what they are on the
+"""A Gluon kernel with copies, of several warp roles or none, on the CPU: every role is a thread, barriers and copies are what they are on the
 card, and a product reads its operands when it is waited for.
 
 So it sees, beside what ``gluon_on_cpu`` sees, a role that waits for ever, a tile that is read before it is there, and
@@ -10,6 +10,7 @@ import math
 import random
 import threading
 import types
+from contextlib import contextmanager
 
 import torch
 from gluon_on_cpu import Shared, Value, inside, language, plain_functions, raw
@@ -175,18 +176,27 @@ class Program:
 
         assert len(roles) == 1 + len(warps) == 1 + len(registers)
         threads = [threading.Thread(target=role, args=each, daemon=True) for each in roles]
-        engine = threading.Thread(target=self.copy_engine, daemon=True)
-        for thread in (*threads, engine):
+        for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        with self.condition:
-            self.done = True
-            self.condition.notify_all()
-        engine.join(PATIENCE)
         if self.failure is not None:
             raise self.failure
+
+    @contextmanager
+    def copying(self):
+        """Copies are made while the program runs."""
+        engine = threading.Thread(target=self.copy_engine, daemon=True)
+        engine.start()
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.done = True
+                self.condition.notify_all()
+            engine.join(PATIENCE)
         assert not engine.is_alive()
+        assert not self.own.__dict__.get("issued"), "a product that nobody waited for"
         assert all(barrier.bytes == 0 for barrier in self.barriers.values())
 
 
@@ -207,7 +217,8 @@ def run(kernel, programs, arguments, seed=0):
         )  # fmt: skip
         scope["fence_async_shared"] = lambda: None
         scope["warpgroup_mma"], scope["warpgroup_mma_wait"] = program.multiply, program.multiply_wait
-        types.FunctionType(kernel.fn.__code__, scope)(**held)
+        with program.copying():
+            types.FunctionType(kernel.fn.__code__, scope)(**held)
 
 
 def allocate(dtype, shape, layout):
