@@ -14,21 +14,12 @@ lie in a tile of 64, those that a chunk lacks are zero. In order:
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .primitives import opaque, unpack
-from .rows import fetch_rows, ring
-
-
-@gluon.jit
-def add(x, y):
-    return x + y
+from .primitives import unpack
+from .pull_decays import decayed, from_start, later, sum_decays, sum_slopes, sum_tokens, to_end
+from .pull_products import early_rows, fetch_values, finish, late_rows, met, overlap_of, through, through_state
+from .rows import ring
 
 
 @gluon.jit
@@ -46,125 +37,9 @@ def locate_rows(chunk, table, time, per_sequence, C: gl.constexpr, PACKED: gl.co
 
 
 @gluon.jit
-def fetch_values(descriptor, tiles, ready, first, length, column, C: gl.constexpr, COUNT: gl.constexpr,
-                 PARTS: gl.constexpr):  # fmt: skip
-    """A chunk's rows, 64 columns a tile."""
-    for p in gl.static_range(PARTS):
-        fetch_rows(descriptor, tiles.index(p), ready, first, first + length, 0, column + p * 64, C, COUNT, 64)
-
-
-@gluon.jit
-def through_state(rows, state, zero, PARTS: gl.constexpr):
-    """Begin rows of values times a transposed state."""
-    total = zero
-    for p in gl.static_range(PARTS):
-        total = warpgroup_mma(rows.index(p).reshape([64, 64]), state.index(p), total, use_acc=p > 0, is_async=True)
-    return total
-
-
-@gluon.jit
-def met(late, early, zero, PARTS: gl.constexpr):
-    """Begin rows of values times the transpose of others."""
-    total = zero
-    for p in gl.static_range(PARTS):
-        others = early.index(p).reshape([64, 64]).permute((1, 0))
-        total = warpgroup_mma(late.index(p).reshape([64, 64]), others, total, use_acc=p > 0, is_async=True)
-    return total
-
-
-@gluon.jit
-def through(pairs, operand, total):
-    """Begin ``total + pairs operand``."""
-    return warpgroup_mma(pairs, operand, total, is_async=True)
-
-
-@gluon.jit
-def finish(dq, da, db, dl, R: gl.constexpr, L: gl.constexpr):
-    """Wait for all products; of a family that there is none of, what is given."""
-    if R > 0 and L > 0:
-        dq, da, db, dl = warpgroup_mma_wait(0, deps=(dq, da, db, dl))
-    elif R > 0:
-        dq, da, db = warpgroup_mma_wait(0, deps=(dq, da, db))
-    else:
-        dq, dl = warpgroup_mma_wait(0, deps=(dq, dl))
-    return dq, da, db, dl
-
-
-@gluon.jit
-def early_rows(tile, exponents, layout: gl.constexpr):
-    """Writers at the chunk's middle take the rows' place."""
-    factor = gl.exp2(0.0 - exponents.load(layout))
-    tile.store((unpack(tile.load(layout)) * factor).to(tile.dtype))
-
-
-@gluon.jit
-def late_rows(tile, target, weight, exponents, layout: gl.constexpr, KIND: gl.constexpr, SIGN: gl.constexpr,
-              VECTOR: gl.constexpr):  # fmt: skip
-    """Readers at the chunk's middle, with their sign and weight."""
-    rows = unpack(tile.load(layout))
-    if KIND == 1:
-        rows = rows * weight[:, None]
-    elif SIGN == -1:
-        rows = rows * -1.0
-    if VECTOR:
-        rows = rows * gl.exp2(exponents.load(layout))
-    target.store(rows.to(target.dtype))
-
-
-@gluon.jit
-def overlap_of(entry_tiles, exit_tiles, PARTS: gl.constexpr):
-    """The sum over the values of S E, once a channel, 16 rows still to be added."""
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    total = gl.zeros([64, 64], gl.float32, flat)
-    for p in gl.static_range(PARTS):
-        total += unpack(entry_tiles.index(p).load(flat)) * unpack(exit_tiles.index(p).load(flat))
-    return gl.sum(gl.reshape(total, [4, 16, 64]), 0)  # in each thread
-
-
-@gluon.jit
 def row_offsets(row, column, R: gl.constexpr, PLACES: gl.constexpr, HV: gl.constexpr, K: gl.constexpr):
     """Where a tile's rows lie in ``[tokens, R, HV, K]``, from its first token, own head and first channel on."""
     return (row // PLACES * R + row % PLACES)[:, None] * (HV * K) + column[None, :]
-
-
-@gluon.jit
-def sum_decays(log_decay, length, tiles, half_line, HV: gl.constexpr, K: gl.constexpr, RAW: gl.constexpr):
-    """c_t - m of every token and channel, with m half the chunk's sum, in units of log 2; RAW: also c_{t-1} - m. ``half_line``
-    gets e^m. The sums are at most 144 in bfloat16 and 6 in float16 here (``layout.centred``), so that a
-    difference loses less than a rounding to 16 bits."""
-    down: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
-    token = gl.arange(0, 64, gl.SliceLayout(1, down))
-    channel = gl.arange(0, 64, gl.SliceLayout(0, down))
-    inside = (token < length)[:, None] & (channel < 64)[None, :]
-    at = token[:, None] * (HV * K) + channel[None, :]
-    decays = gl.load(log_decay + at, mask=inside, other=0.0).to(gl.float32)
-    decays = gl.where(decays < -800.0, -800.0, decays) * 1.4426950408889634
-    middle = gl.sum(decays, 0) * 0.5
-    sums = gl.associative_scan(decays, 0, add) - middle[None, :]
-    exponents, before = tiles
-    exponents.store(sums)
-    if RAW:
-        before.store(sums - decays)
-    half_line.store(gl.exp2(middle))
-
-
-@gluon.jit
-def sum_slopes(d_log_decay, length, tiles, ends_line, HV: gl.constexpr, K: gl.constexpr, RAW: gl.constexpr):
-    """A token's log-decay gets the slopes of those from it on, of raw reads from the next one on, and what reaches the
-    exit state."""
-    down: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [2, 2], [1, 0])
-    across: gl.constexpr = gl.SliceLayout(0, down)
-    token = gl.arange(0, 64, gl.SliceLayout(1, down))
-    channel = gl.arange(0, 64, across)
-    slopes, late = tiles
-    found = slopes.load(down)
-    sums = (ends_line.load(across) + gl.sum(found, 0))[None, :] + (found - gl.associative_scan(found, 0, add))
-    if RAW:
-        sums = sums - late.load(down)
-    length = opaque(length)
-    inside = (token < length)[:, None] & (channel < 64)[None, :]
-    at = token[:, None] * opaque(length * 0 + HV * K) + channel[None, :]
-    gl.store(d_log_decay + at, sums, mask=inside)
 
 
 @gluon.jit(do_not_specialize=["time", "per_sequence", "tokens"])
@@ -183,6 +58,10 @@ def pull_kernel(
     TILES: gl.constexpr = K // 64
     PARTS: gl.constexpr = V // 64
     VECTOR: gl.constexpr = DECAY == 2
+    SCALAR: gl.constexpr = DECAY == 1
+    # Pairs of one token: no decay comes between, so that they are added last; in tiles where there are several.
+    APART: gl.constexpr = SCALAR and R > 1
+    ALONE: gl.constexpr = DECAY > 0 and R == 1
     BEFORE: gl.constexpr = RAW and R > 0 and DECAY == 2
     tile = gl.program_id(0) % TILES
     flat = gl.program_id(0) // TILES
@@ -212,6 +91,12 @@ def pull_kernel(
     exponent_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if VECTOR else query_tile
     before_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if BEFORE else exponent_tile
     half_line = gl.allocate_shared_memory(gl.float32, [64], line) if VECTOR else query_tile
+    # Of a scalar decay: sums up to queries, reads, writes and lone rows; later these rows' slopes.
+    lines = gl.allocate_shared_memory(gl.float32, [8, 64], line) if SCALAR else half_line
+    own_scores_tile = gl.allocate_shared_memory(dtype, [64, 64], entry_states.layout) if APART else query_tile
+    own_gram_tile = query_tile
+    if APART and SEQUENTIAL:
+        own_gram_tile = gl.allocate_shared_memory(dtype, [64, 64], entry_states.layout)
     ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
         mbarrier.init(ready.index(i), count=1)
@@ -245,6 +130,14 @@ def pull_kernel(
     here = (first.to(gl.int64) * HV + head) * K + tile * 64  # of one row a token
     if VECTOR:
         sum_decays(log_decay + here, length, (exponent_tile, before_tile), half_line, HV, K, BEFORE)
+
+    if SCALAR:
+        end = sum_tokens(log_decay, first, length, head, lines, 0, C, 1, HV, False)
+        if R > 0:
+            end = sum_tokens(log_decay, first, length, head, lines, 2, C, PLACES, HV, RAW)
+            end = sum_tokens(log_decay, first, length, head, lines, 4, C, PLACES, HV, False)
+        if L > 0:
+            end = sum_tokens(log_decay, first, length, head, lines, 6, C, LONE_PLACES, HV, False)
 
     # operands
     zero = gl.zeros([64, 64], gl.float32, layout)
@@ -285,7 +178,7 @@ def pull_kernel(
         db = through_state(solution_tiles, exit_tiles, zero, PARTS)
     if L > 0:
         dl = through_state(given_tiles, exit_tiles, zero, PARTS)
-    if VECTOR:
+    if DECAY > 0:
         overlap = overlap_of(entry_tiles, exit_tiles, PARTS)
     dq, da, db, dl = finish(dq, da, db, dl, R, L)
     gl.thread_barrier()  # all warps are done with S and E
@@ -300,15 +193,26 @@ def pull_kernel(
         scores = met(output_tiles, solution_tiles, zero, PARTS)
         gram = met(source_tiles, solution_tiles, zero, PARTS)
         scores, gram = warpgroup_mma_wait(0, deps=(scores, gram))
-        if VECTOR:  # pairs of one token are added last
-            own_score = gl.sum(gl.where(row[:, None] == early_token, scores, 0.0), 1)
+        own = row[:, None] == early_token
+        if ALONE:
+            own_score = gl.sum(gl.where(own, scores, 0.0), 1)
+        if APART:
+            own_scores_tile.store(gl.where(own, scores, 0.0).to(dtype))
+            if SEQUENTIAL:
+                own = (n_token[:, None] == early_token) & (row[:, None] > column[None, :])
+                own_gram_tile.store(gl.where(own, gram, 0.0).to(dtype))
+        if SCALAR:
+            scores = decayed(scores, row[:, None] > early_token, lines, 0, 4, by_row, by_column)
+            gram = decayed(gram, n_token[:, None] > early_token, lines, 2, 4, by_row, by_column)
+        elif VECTOR:
             scores = gl.where(row[:, None] > early_token, scores, 0.0)
+            gram = gl.where(n_token[:, None] > early_token, gram, 0.0)
         else:
             scores = gl.where(row[:, None] >= early_token, scores, 0.0)
-        if SEQUENTIAL:
-            gram = gl.where(row[:, None] > column[None, :], gram, 0.0)
-        else:
-            gram = gl.where(n_token[:, None] > early_token, gram, 0.0)
+            if SEQUENTIAL:
+                gram = gl.where(row[:, None] > column[None, :], gram, 0.0)
+            else:
+                gram = gl.where(n_token[:, None] > early_token, gram, 0.0)
         scores_tile.store(scores.to(dtype))
         gram_tile.store(gram.to(dtype))
     if L > 0:
@@ -317,7 +221,10 @@ def pull_kernel(
         if R > 0:
             gram = met(source_tiles, given_tiles, zero, PARTS)
             scores, gram = warpgroup_mma_wait(0, deps=(scores, gram))
-            gram = gl.where(n_token[:, None] > late_token, gram, 0.0)
+            if SCALAR:
+                gram = decayed(gram, n_token[:, None] > late_token, lines, 2, 6, by_row, by_column)
+            else:
+                gram = gl.where(n_token[:, None] > late_token, gram, 0.0)
             gl.thread_barrier()  # all warps are done with the rows of values
             lone_scores_tile = output_tiles.index(0).reshape([64, 64])
             lone_gram_tile = given_tiles.index(0).reshape([64, 64])
@@ -325,8 +232,11 @@ def pull_kernel(
         else:
             scores = warpgroup_mma_wait(0, deps=(scores,))
             gl.thread_barrier()
-        if VECTOR:
+        if DECAY > 0:
             own_lone_score = gl.sum(gl.where(row[:, None] == late_token, scores, 0.0), 1)
+        if SCALAR:
+            scores = decayed(scores, row[:, None] > late_token, lines, 0, 6, by_row, by_column)
+        elif VECTOR:
             scores = gl.where(row[:, None] > late_token, scores, 0.0)
         else:
             scores = gl.where(row[:, None] >= late_token, scores, 0.0)
@@ -352,6 +262,18 @@ def pull_kernel(
         ends_line.store(gl.sum(overlap, 0))
         half = half_line.load(by_column)
         ends_line.store(ends_line.load(by_column) * (half * half) + gl.sum(ends, 0))
+    if SCALAR:
+        dq = dq * from_start(lines, 0, by_row)
+        ends = gl.sum(overlap, 0) * gl.exp2(end.to(gl.float32))
+        reached = zero
+        if R > 0:
+            da = da * from_start(lines, 2, by_row)
+            db = db * to_end(end, lines, 4, by_row)
+            reached = unpack(writes.load(layout)) * db
+        if L > 0:
+            dl = dl * to_end(end, lines, 6, by_row)
+            reached += unpack(lone.load(layout)) * dl
+        ends = gl.sum(ends, 0) + gl.sum(gl.sum(reached, 1), 0)
     fence_async_shared()
     gl.thread_barrier()
     if VECTOR:  # the rows as they came, to where the rows of values were
@@ -379,6 +301,23 @@ def pull_kernel(
             dl = through(lone_gram_tile.permute((1, 0)), reads, dl)
     dq, da, db, dl = finish(dq, da, db, dl, R, L)
 
+    if SCALAR:
+        lines.index(0).store(gl.sum(unpack(queries.load(layout)) * dq, 1))
+        if R > 0:
+            lines.index(2).store(gl.sum(unpack(reads.load(layout)) * da, 1))
+            lines.index(4).store(gl.sum(unpack(writes.load(layout)) * db, 1))
+        if L > 0:
+            lines.index(6).store(gl.sum(unpack(lone.load(layout)) * dl, 1))
+    if APART:
+        dq = through(own_scores_tile, writes, dq)
+        db = through(own_scores_tile.permute((1, 0)), queries, db)
+        if SEQUENTIAL:
+            da = through(own_gram_tile, writes, da)
+            db = through(own_gram_tile.permute((1, 0)), reads, db)
+            dq, da, db = warpgroup_mma_wait(0, deps=(dq, da, db))
+        else:
+            dq, db = warpgroup_mma_wait(0, deps=(dq, db))
+
     # results, of queries
     inside = (row < length)[:, None] & (column < 64)[None, :]
     m_inside = ((m_token < length) & (m_place < L))[:, None] & (column < 64)[None, :]
@@ -387,10 +326,13 @@ def pull_kernel(
         mbarrier.wait(ready.index(0), 1)
         slope = unpack(queries.load(layout)) * dq
         dq = dq * gl.exp2(exponent_tile.load(layout))
-        if R > 0:
-            dq += own_score[:, None] * unpack(rows_again.index(0).reshape([64, 64]).load(layout))
+    if DECAY > 0:
+        if ALONE:
+            dq += own_score[:, None] * unpack((rows_again if VECTOR else write_tile).index(0).reshape([64, 64]).load(layout))
         if L > 0:
-            if R > 0:
+            if SCALAR:
+                rows = unpack(lone.load(layout))
+            elif R > 0:
                 own = (first.to(gl.int64) * LONE_HEADS + head // (HV // LONE_HEADS)) * K + tile * 64
                 at = row[:, None] * (LONE_HEADS * K) + column[None, :]
                 rows = gl.load(lone_rows + own + at, mask=inside, other=0.0).to(gl.float32)
@@ -418,8 +360,12 @@ def pull_kernel(
         if VECTOR:
             slope = slope - unpack(writes.load(layout)) * db
             db = db * gl.exp2(0.0 - exponent_tile.load(layout))
-            rows = unpack(queries_again.index(0).reshape([64, 64]).load(layout))
-            db += (own_score * scale)[:, None] * rows
+        if ALONE:
+            if VECTOR:
+                rows = unpack(queries_again.index(0).reshape([64, 64]).load(layout)) * scale
+            else:
+                rows = unpack(queries.load(layout))
+            db += own_score[:, None] * rows
         if TIED:
             db += weight[:, None] * da
         gl.store(d_write + n_here + n_at, db.to(d_write.dtype.element_ty), mask=n_inside)
@@ -427,11 +373,25 @@ def pull_kernel(
         if VECTOR:
             slope = slope - unpack(lone.load(layout)) * dl
             dl = dl * gl.exp2(0.0 - exponent_tile.load(layout))
-            rows = unpack(queries_again.index(0).reshape([64, 64]).load(layout))
-            dl += (own_lone_score * scale)[:, None] * rows
+        if DECAY > 0:
+            if VECTOR:
+                rows = unpack(queries_again.index(0).reshape([64, 64]).load(layout)) * scale
+            else:
+                rows = unpack(queries.load(layout))
+            dl += own_lone_score[:, None] * rows
         at = row_offsets(row, column, L, LONE_PLACES, HV, K)
         m_here = ((first.to(gl.int64) * L) * HV + head) * K + tile * 64
         gl.store(d_lone + m_here + at, dl.to(d_lone.dtype.element_ty), mask=m_inside)
     if VECTOR:
         exponent_tile.store(slope)
         sum_slopes(d_log_decay + here, length, (exponent_tile, before_tile), ends_line, HV, K, BEFORE)
+    if SCALAR:
+        sums = later(zero, lines, 0, row, column, by_column)
+        if R > 0:
+            n_column = column // PLACES
+            sums = later(sums, lines, 2, row, n_column - 1 if RAW else n_column, by_column)
+            sums = sums - later(zero, lines, 4, row, n_column, by_column)
+        if L > 0:
+            sums = sums - later(zero, lines, 6, row, column // LONE_PLACES, by_column)
+        at = (tile.to(gl.int64) * tokens + first) * HV + head
+        gl.store(d_log_decay + at + row * HV, gl.sum(sums, 1) + ends, mask=row < length)

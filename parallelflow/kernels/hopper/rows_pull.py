@@ -8,7 +8,7 @@ from triton import next_power_of_2
 
 from ..chunks import Chunks
 from ..launch import bind
-from ..rows.layout import SCALAR_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout
+from ..rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout
 from ..rows.pull import Tier
 from .descriptors import CHUNK, Descriptor, blocks, places, rows
 from .pull import pull_kernel
@@ -35,8 +35,8 @@ def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
         layout.K % CHANNELS == 0
         and layout.V % CHANNELS == 0
         and (read is None or read.kind < 2)
-        and layout.decay != SCALAR_DECAY
         and (layout.decay != VECTOR_DECAY or (layout.C == CHUNK and max(families) == 1))
+        and (layout.decay != SCALAR_DECAY or layout.L < 2)
         and all(count == next_power_of_2(count) or layout.C * next_power_of_2(count) == CHUNK for count in families)
         and layout.C * next_power_of_2(max(families)) <= CHUNK
         and shared_bytes(layout, False) <= SHARED_BYTES
