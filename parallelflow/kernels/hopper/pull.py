@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from .primitives import unpack
-from .pull_decays import decayed, from_start, later, sum_decays, sum_slopes, sum_tokens, to_end
+from .pull_decays import from_start, kept, later, sum_decays, sum_slopes, sum_tokens, to_end
 from .pull_products import early_rows, fetch_values, finish, late_rows, met, overlap_of, through, through_state
 from .rows import ring
 
@@ -90,12 +90,14 @@ def pull_kernel(
     lone_tile = ring(lone_write, 1) if L > 0 else query_tile
     exponent_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if VECTOR else query_tile
     before_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if BEFORE else exponent_tile
+    # Of vector decays e^m, in its place later what reaches the exit state.
     half_line = gl.allocate_shared_memory(gl.float32, [64], line) if VECTOR else query_tile
     # Of a scalar decay: sums up to queries, reads, writes and lone rows; later these rows' slopes.
     lines = gl.allocate_shared_memory(gl.float32, [8, 64], line) if SCALAR else half_line
-    own_scores_tile = gl.allocate_shared_memory(dtype, [64, 64], entry_states.layout) if APART else query_tile
-    own_gram_tile = query_tile
-    if APART and SEQUENTIAL:
+    own_scores_tile = entry_tiles.index(PARTS - 1)
+    own_gram_tile = exit_tiles.index(PARTS - 1)
+    if APART and PARTS == 1:
+        own_scores_tile = gl.allocate_shared_memory(dtype, [64, 64], entry_states.layout)
         own_gram_tile = gl.allocate_shared_memory(dtype, [64, 64], entry_states.layout)
     ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(3):
@@ -191,56 +193,44 @@ def pull_kernel(
     lone_gram_tile = exit_tiles.index(0)
     if R > 0:
         scores = met(output_tiles, solution_tiles, zero, PARTS)
-        gram = met(source_tiles, solution_tiles, zero, PARTS)
-        scores, gram = warpgroup_mma_wait(0, deps=(scores, gram))
+        if L > 0:  # there are registers for one at a time
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+        else:
+            gram = met(source_tiles, solution_tiles, zero, PARTS)
+            scores, gram = warpgroup_mma_wait(0, deps=(scores, gram))
         own = row[:, None] == early_token
         if ALONE:
             own_score = gl.sum(gl.where(own, scores, 0.0), 1)
         if APART:
             own_scores_tile.store(gl.where(own, scores, 0.0).to(dtype))
-            if SEQUENTIAL:
-                own = (n_token[:, None] == early_token) & (row[:, None] > column[None, :])
-                own_gram_tile.store(gl.where(own, gram, 0.0).to(dtype))
-        if SCALAR:
-            scores = decayed(scores, row[:, None] > early_token, lines, 0, 4, by_row, by_column)
-            gram = decayed(gram, n_token[:, None] > early_token, lines, 2, 4, by_row, by_column)
-        elif VECTOR:
-            scores = gl.where(row[:, None] > early_token, scores, 0.0)
-            gram = gl.where(n_token[:, None] > early_token, gram, 0.0)
-        else:
-            scores = gl.where(row[:, None] >= early_token, scores, 0.0)
-            if SEQUENTIAL:
-                gram = gl.where(row[:, None] > column[None, :], gram, 0.0)
-            else:
-                gram = gl.where(n_token[:, None] > early_token, gram, 0.0)
-        scores_tile.store(scores.to(dtype))
-        gram_tile.store(gram.to(dtype))
+        keep = row[:, None] > early_token if DECAY > 0 else row[:, None] >= early_token
+        scores_tile.store(kept(scores, keep, lines, 0, 4, by_row, by_column, SCALAR).to(dtype))
+        if L > 0:
+            gram = met(source_tiles, solution_tiles, zero, PARTS)
+            gram = warpgroup_mma_wait(0, deps=(gram,))
+        if APART and SEQUENTIAL:
+            own = (n_token[:, None] == early_token) & (row[:, None] > column[None, :])
+            own_gram_tile.store(gl.where(own, gram, 0.0).to(dtype))
+        keep = row[:, None] > column[None, :] if SEQUENTIAL and not APART else n_token[:, None] > early_token
+        gram_tile.store(kept(gram, keep, lines, 2, 4, by_row, by_column, SCALAR).to(dtype))
     if L > 0:
         late_token = (column // LONE_PLACES)[None, :]
         scores = met(output_tiles, given_tiles, zero, PARTS)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        gl.thread_barrier()  # all warps are done with dO
         if R > 0:
-            gram = met(source_tiles, given_tiles, zero, PARTS)
-            scores, gram = warpgroup_mma_wait(0, deps=(scores, gram))
-            if SCALAR:
-                gram = decayed(gram, n_token[:, None] > late_token, lines, 2, 6, by_row, by_column)
-            else:
-                gram = gl.where(n_token[:, None] > late_token, gram, 0.0)
-            gl.thread_barrier()  # all warps are done with the rows of values
             lone_scores_tile = output_tiles.index(0).reshape([64, 64])
-            lone_gram_tile = given_tiles.index(0).reshape([64, 64])
-            lone_gram_tile.store(gram.to(dtype))
-        else:
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            gl.thread_barrier()
         if DECAY > 0:
             own_lone_score = gl.sum(gl.where(row[:, None] == late_token, scores, 0.0), 1)
-        if SCALAR:
-            scores = decayed(scores, row[:, None] > late_token, lines, 0, 6, by_row, by_column)
-        elif VECTOR:
-            scores = gl.where(row[:, None] > late_token, scores, 0.0)
-        else:
-            scores = gl.where(row[:, None] >= late_token, scores, 0.0)
-        lone_scores_tile.store(scores.to(dtype))
+        keep = row[:, None] > late_token if DECAY > 0 else row[:, None] >= late_token
+        lone_scores_tile.store(kept(scores, keep, lines, 0, 6, by_row, by_column, SCALAR).to(dtype))
+        if R > 0:
+            gram = met(source_tiles, given_tiles, zero, PARTS)
+            gram = warpgroup_mma_wait(0, deps=(gram,))
+            gl.thread_barrier()  # and with all rows of values
+            lone_gram_tile = given_tiles.index(0).reshape([64, 64])
+            keep = n_token[:, None] > late_token
+            lone_gram_tile.store(kept(gram, keep, lines, 2, 6, by_row, by_column, SCALAR).to(dtype))
     else:
         gl.thread_barrier()
     if TIED:
@@ -258,10 +248,10 @@ def pull_kernel(
         if L > 0:
             dl = dl * half
             ends += unpack(lone.load(layout)) * dl
-        ends_line = gl.allocate_shared_memory(gl.float32, [64], line)
-        ends_line.store(gl.sum(overlap, 0))
+        ends = gl.sum(ends, 0)
         half = half_line.load(by_column)
-        ends_line.store(ends_line.load(by_column) * (half * half) + gl.sum(ends, 0))
+        half_line.store(gl.sum(overlap, 0))
+        half_line.store(half_line.load(by_column) * (half * half) + ends)
     if SCALAR:
         dq = dq * from_start(lines, 0, by_row)
         ends = gl.sum(overlap, 0) * gl.exp2(end.to(gl.float32))
@@ -384,7 +374,7 @@ def pull_kernel(
         gl.store(d_lone + m_here + at, dl.to(d_lone.dtype.element_ty), mask=m_inside)
     if VECTOR:
         exponent_tile.store(slope)
-        sum_slopes(d_log_decay + here, length, (exponent_tile, before_tile), ends_line, HV, K, BEFORE)
+        sum_slopes(d_log_decay + here, length, (exponent_tile, before_tile), half_line, HV, K, BEFORE)
     if SCALAR:
         sums = later(zero, lines, 0, row, column, by_column)
         if R > 0:

@@ -92,12 +92,15 @@ def to_end(end, lines, place: gl.constexpr, by_row: gl.constexpr):
 
 
 @gluon.jit
-def decayed(pairs, keep, lines, late: gl.constexpr, early: gl.constexpr, by_row: gl.constexpr,
-            by_column: gl.constexpr):  # fmt: skip
-    """``pairs`` where ``keep``, times the decay between their tokens."""
-    high = lines.index(late).load(by_row)[:, None] - lines.index(early).load(by_column)[None, :]
-    low = lines.index(late + 1).load(by_row)[:, None] - lines.index(early + 1).load(by_column)[None, :]
-    return pairs * gl.exp2(gl.where(keep, high + low, float("-inf")))
+def kept(pairs, keep, lines, late: gl.constexpr, early: gl.constexpr, by_row: gl.constexpr, by_column: gl.constexpr,
+         SCALAR: gl.constexpr):  # fmt: skip
+    """``pairs`` where ``keep``, times the decay between their tokens if that is a scalar."""
+    if SCALAR:
+        high = lines.index(late).load(by_row)[:, None] - lines.index(early).load(by_column)[None, :]
+        low = lines.index(late + 1).load(by_row)[:, None] - lines.index(early + 1).load(by_column)[None, :]
+        return pairs * gl.exp2(gl.where(keep, high + low, float("-inf")))
+    else:
+        return gl.where(keep, pairs, 0.0)
 
 
 @gluon.jit
