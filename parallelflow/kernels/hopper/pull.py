@@ -43,7 +43,7 @@ def row_offsets(row, column, R: gl.constexpr, PLACES: gl.constexpr, HV: gl.const
 
 
 @gluon.jit(do_not_specialize=["time", "per_sequence", "tokens"])
-def pull_kernel(
+def rows_pull_kernel(
     query, read, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
     read_coefficient, lone_rows, log_decay, floors, d_query, d_read, d_read_coefficient,
     d_write, d_lone, d_log_decay, table, time, per_sequence, tokens, scale,

@@ -11,7 +11,7 @@ from ..launch import bind
 from ..rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout
 from ..rows.pull import Tier
 from .descriptors import CHUNK, Descriptor, blocks, places, rows
-from .pull import pull_kernel
+from .pull import rows_pull_kernel
 from .rows_scan import SHARED_BYTES, reaches
 
 CHANNELS = 64  # of the keys, in a program; also the columns of every tile
@@ -68,7 +68,7 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
              "READ_COEFFICIENT_HEADS", "READ_SIGN", "WRITE_HEADS", "LONE_HEADS", "GIVEN_HEADS", "TIED",
              "PACKED")  # fmt: skip
     bound = bind(
-        pull_kernel, **{name: constants[name] for name in named}, WHOLE=WHOLE,
+        rows_pull_kernel, **{name: constants[name] for name in named}, WHOLE=WHOLE,
         PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), num_warps=4,
     )  # fmt: skip
     bound(
