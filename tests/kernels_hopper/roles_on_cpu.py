@@ -1,5 +1,5 @@
-"""A Gluon kernel with copies, of several warp roles or none, on the CPU: every role is a thread, barriers and copies are what they are on the
-card, and a product reads its operands when it is waited for.
+"""A Gluon kernel with copies, of several warp roles or none, on the CPU: every role is a thread, barriers and copies
+are what they are on the card, and a product reads its operands when it is waited for.
 
 So it sees, beside what ``gluon_on_cpu`` sees, a role that waits for ever, a tile that is read before it is there, and
 one that is overwritten while somebody still needs it (a copy first fills its tile with NaN). It does not see layouts,

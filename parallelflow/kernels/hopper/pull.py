@@ -318,7 +318,9 @@ def rows_pull_kernel(
         dq = dq * gl.exp2(exponent_tile.load(layout))
     if DECAY > 0:
         if ALONE:
-            dq += own_score[:, None] * unpack((rows_again if VECTOR else write_tile).index(0).reshape([64, 64]).load(layout))
+            dq += own_score[:, None] * unpack(
+                (rows_again if VECTOR else write_tile).index(0).reshape([64, 64]).load(layout)
+            )
         if L > 0:
             if SCALAR:
                 rows = unpack(lone.load(layout))

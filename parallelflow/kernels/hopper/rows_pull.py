@@ -1,14 +1,12 @@
 """The gradients of the rows and of the decays (``kernels/rows/pull.py``) on Hopper GPUs: what they launch, and what
-they serve: bfloat16 and float16, K and V multiples of 64, no decay with any rows, or one a channel with at most one row
-of a family a token.  ``serves`` is the one place that says so; the rest is left to the portable kernels."""
+they serve.  ``serves`` is the one place that says so; the rest is left to the portable kernels."""
 
-import torch
 from torch import Tensor
 from triton import next_power_of_2
 
 from ..chunks import Chunks
 from ..launch import bind
-from ..rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout
+from ..rows.layout import SCALAR_DECAY, VECTOR_DECAY, WHOLE, Factor, Layout
 from ..rows.pull import Tier
 from .descriptors import CHUNK, Descriptor, blocks, places, rows
 from .pull import rows_pull_kernel
@@ -16,20 +14,26 @@ from .rows_scan import SHARED_BYTES, reaches
 
 CHANNELS = 64  # of the keys, in a program; also the columns of every tile
 TILE = CHUNK * CHANNELS * 2  # bytes
-BARRIERS = 1024  # bytes, and sums of the decays
+BARRIERS = 1024  # bytes, and a number a channel
+LINES = 8 * CHUNK * 4  # bytes of sums of scalar decays
 
 
 def shared_bytes(layout: Layout, tied: bool) -> int:
     """What a program takes."""
-    reading, lone, vector = layout.R > 0, layout.L > 0, layout.decay == VECTOR_DECAY
-    values = (layout.V // CHANNELS) * (3 + 2 * reading + lone)
+    reading, lone = layout.R > 0, layout.L > 0
+    vector, scalar = layout.decay == VECTOR_DECAY, layout.decay == SCALAR_DECAY
+    parts = layout.V // CHANNELS
+    values = parts * (3 + 2 * reading + lone)
     keys = 1 + reading * (2 - tied) + lone
     exponents = 2 * vector * (1 + (layout.raw and reading))
-    return (values + keys + exponents) * TILE + BARRIERS
+    own = 2 * (scalar and layout.R > 1 and parts == 1)
+    return (values + keys + exponents + own) * TILE + scalar * LINES + BARRIERS
 
 
 def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
-    """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take."""
+    """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take: K and V multiples
+    of 64; at most one row of a family a token where decays are a channel's; no coefficients a channel."""
+    tied = False  # takes less
     families = [count for count in (layout.R, layout.L) if count]
     return (
         layout.K % CHANNELS == 0
@@ -39,7 +43,7 @@ def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
         and (layout.decay != SCALAR_DECAY or layout.L < 2)
         and all(count == next_power_of_2(count) or layout.C * next_power_of_2(count) == CHUNK for count in families)
         and layout.C * next_power_of_2(max(families)) <= CHUNK
-        and shared_bytes(layout, False) <= SHARED_BYTES
+        and shared_bytes(layout, tied) <= SHARED_BYTES
         and reaches(layout, chunks)
     )
 

@@ -21,7 +21,6 @@ from parallelflow.kernels.rows.factors import load_rows, places, token_sums
 from parallelflow.kernels.rows.layout import WHOLE, Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import sizes
 
-
 WHOLE_CHUNK = tl.constexpr(WHOLE)
 
 
