@@ -1,7 +1,7 @@
 """The gradients of rows in float64 as derivatives of one number a chunk; and arrays for them.
 
-With X, u and the states S fixed, a chunk's outputs, what its reads find and its exit state are functions of its rows and
-decays; the number is what dO, dU and the exit gradients E make of them. Its derivatives are the formulas of
+With X, u and the states S fixed, a chunk's outputs, what its reads find and its exit state are functions of its rows
+and decays; the number is what dO, dU and the exit gradients E make of them. Its derivatives are the formulas of
 ``rows/pull.py``.
 """
 

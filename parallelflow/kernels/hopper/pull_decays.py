@@ -17,9 +17,9 @@ def add(x, y):
 
 @gluon.jit
 def sum_decays(log_decay, length, tiles, half_line, HV: gl.constexpr, K: gl.constexpr, RAW: gl.constexpr):
-    """c_t - m of every token and channel, with m half the chunk's sum, in units of log 2; RAW: also c_{t-1} - m; e^m. The
-    sums are at most 144 in bfloat16 and 6 in float16 here (``layout.centred``), so that a difference loses less than a
-    rounding to 16 bits."""
+    """c_t - m of every token and channel, with m half the chunk's sum, in units of log 2; RAW: also c_{t-1} - m; e^m.
+    The sums are at most 144 in bfloat16 and 6 in float16 here (``layout.centred``), so that a difference loses less
+    than a rounding to 16 bits."""
     down: gl.constexpr = gl.BlockedLayout([64, 1], [1, 32], [1, 4], [1, 0])  # no sum leaves its thread
     token = gl.arange(0, 64, gl.SliceLayout(1, down))
     channel = gl.arange(0, 64, gl.SliceLayout(0, down))

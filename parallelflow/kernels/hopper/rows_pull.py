@@ -31,8 +31,8 @@ def shared_bytes(layout: Layout, tied: bool) -> int:
 
 
 def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
-    """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take: K and V multiples
-    of 64; at most one row of a family a token where decays are a channel's; no coefficients a channel."""
+    """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take: K and V
+    multiples of 64; at most one row of a family a token where decays are a channel's; no coefficients a channel."""
     tied = False  # takes less
     families = [count for count in (layout.R, layout.L) if count]
     return (
