@@ -124,6 +124,7 @@ class Program:
             mine = self.stores.setdefault(threading.get_ident(), [])
             self.wait_for(lambda: len(mine) <= pending, "a copy to memory")
 
+    @torch.no_grad()
     def copy_engine(self):
         """Loads in any order, each role's stores in their order, none at once."""
         while True:

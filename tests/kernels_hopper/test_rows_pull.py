@@ -93,6 +93,7 @@ def on_the_cpu(monkeypatch):
     for name in ("rows", "places", "blocks"):
         monkeypatch.setattr(rows_pull, name, noting(getattr(rows_pull, name)))
     monkeypatch.setattr(rows_pull, "bind", bound)
+    monkeypatch.setattr(rows_pull, "AHEAD", 1)
     monkeypatch.setattr(pull, "bind", lambda kernel, **constants: lambda *arguments: None)  # strong decays
 
 

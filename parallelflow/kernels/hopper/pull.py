@@ -17,8 +17,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from .primitives import unpack
-from .pull_decays import from_start, kept, later, sum_decays, sum_slopes, sum_tokens, to_end
-from .pull_products import early_rows, fetch_values, finish, late_rows, met, overlap_of, through, through_state
+from .pull_decays import from_start, kept, later, load_decays, sum_decays, sum_slopes, sum_tokens, to_end
+from .pull_products import (
+    bring_rows_near,
+    bring_states_near,
+    early_rows,
+    fetch_values,
+    finish,
+    late_rows,
+    met,
+    overlap_of,
+    through,
+    through_state,
+)
 from .rows import ring
 
 
@@ -42,19 +53,48 @@ def row_offsets(row, column, R: gl.constexpr, PLACES: gl.constexpr, HV: gl.const
     return (row // PLACES * R + row % PLACES)[:, None] * (HV * K) + column[None, :]
 
 
-@gluon.jit(do_not_specialize=["time", "per_sequence", "tokens"])
+@gluon.jit
+def bring_following_near(
+    program, arrays, extent, C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
+    V: gl.constexpr, DECAY: gl.constexpr, GIVEN_HEADS: gl.constexpr, PACKED: gl.constexpr,
+    DECAY_BYTES: gl.constexpr,
+):  # fmt: skip
+    """Most of what a later program reads, while this one computes and memory would rest."""
+    d_output, d_source, solution, given, entry_states, exit_gradients, log_decay = arrays
+    table, time, per_sequence = extent
+    TILES: gl.constexpr = K // 64
+    WIDTH: gl.constexpr = V // TILES
+    tile = program % TILES
+    flat = program // TILES
+    head = flat % HV
+    first, length = locate_rows(flat // HV, table, time, per_sequence, C, PACKED)
+    bring_states_near(entry_states, flat, tile, K, V)
+    bring_states_near(exit_gradients, flat, tile, K, V)
+    column = tile * WIDTH
+    bring_rows_near(d_output, first, length, HV * V, head * V + column, WIDTH, 2)
+    if R > 0:
+        bring_rows_near(d_source, first * R, length * R, HV * V, head * V + column, WIDTH, 2)
+        bring_rows_near(solution, first * R, length * R, HV * V, head * V + column, WIDTH, 2)
+    if L > 0:
+        column += head // (HV // GIVEN_HEADS) * V
+        bring_rows_near(given, first * L, length * L, GIVEN_HEADS * V, column, WIDTH, 2)
+    if DECAY == 2:
+        bring_rows_near(log_decay, first, length, HV * K, head * K + tile * 64, 64, DECAY_BYTES)
+
+
+@gluon.jit(do_not_specialize=["time", "per_sequence", "tokens", "programs"])
 def rows_pull_kernel(
     query, read, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
-    read_coefficient, lone_rows, log_decay, floors, d_query, d_read, d_read_coefficient,
-    d_write, d_lone, d_log_decay, table, time, per_sequence, tokens, scale,
+    d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows, log_decay, floors, d_query, d_read, d_read_coefficient,
+    d_write, d_lone, d_log_decay, table, time, per_sequence, tokens, programs, scale,
     C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, DECAY: gl.constexpr, RAW: gl.constexpr, SEQUENTIAL: gl.constexpr, READ_HEADS: gl.constexpr,
     READ_KIND: gl.constexpr, READ_COEFFICIENT_HEADS: gl.constexpr, READ_SIGN: gl.constexpr, WRITE_HEADS: gl.constexpr,
     LONE_HEADS: gl.constexpr, GIVEN_HEADS: gl.constexpr, TIED: gl.constexpr, PACKED: gl.constexpr,
-    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr,
+    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr, AHEAD: gl.constexpr, DECAY_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 key channels; of a tied coefficient that tile's part.  PLACES: a token has in a tile; R or L of
-    them are there."""
+    them are there.  AHEAD: programs from this one to the one whose inputs it brings near; 0 for none."""
     TILES: gl.constexpr = K // 64
     PARTS: gl.constexpr = V // 64
     VECTOR: gl.constexpr = DECAY == 2
@@ -70,6 +110,9 @@ def rows_pull_kernel(
             return
     head = flat % HV
     first, length = locate_rows(flat // HV, table, time, per_sequence, C, PACKED)
+    here = (first.to(gl.int64) * HV + head) * K + tile * 64  # of one row a token
+    if VECTOR:
+        decays = load_decays(log_decay + here, length, HV, K)
     dtype: gl.constexpr = query.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -129,10 +172,14 @@ def rows_pull_kernel(
     if L > 0:
         column = head // (HV // GIVEN_HEADS) * V
         fetch_values(given, given_tiles, ready.index(2), first, length, column, C, L, PARTS)
-    here = (first.to(gl.int64) * HV + head) * K + tile * 64  # of one row a token
+    if AHEAD > 0:
+        arrays = (d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, log_decay)
+        bring_following_near(
+            gl.minimum(gl.program_id(0) + AHEAD, programs - 1), arrays, (table, time, per_sequence),
+            C, R, L, HV, K, V, DECAY, GIVEN_HEADS, PACKED, DECAY_BYTES,
+        )  # fmt: skip
     if VECTOR:
-        sum_decays(log_decay + here, length, (exponent_tile, before_tile), half_line, HV, K, BEFORE)
-
+        sum_decays(decays, (exponent_tile, before_tile), half_line, BEFORE)
     if SCALAR:
         end = sum_tokens(log_decay, first, length, head, lines, 0, C, 1, HV, False)
         if R > 0:

@@ -16,17 +16,22 @@ def add(x, y):
 
 
 @gluon.jit
-def sum_decays(log_decay, length, tiles, half_line, HV: gl.constexpr, K: gl.constexpr, RAW: gl.constexpr):
-    """c_t - m of every token and channel, with m half the chunk's sum, in units of log 2; RAW: also c_{t-1} - m; e^m.
-    The sums are at most 144 in bfloat16 and 6 in float16 here (``layout.centred``), so that a difference loses less
-    than a rounding to 16 bits."""
+def load_decays(log_decay, length, HV: gl.constexpr, K: gl.constexpr):
+    """A chunk's decays of 64 channels in units of log 2, 0 where there is none. One under -800 counts as -800."""
     down: gl.constexpr = gl.BlockedLayout([64, 1], [1, 32], [1, 4], [1, 0])  # no sum leaves its thread
     token = gl.arange(0, 64, gl.SliceLayout(1, down))
     channel = gl.arange(0, 64, gl.SliceLayout(0, down))
     inside = (token < length)[:, None] & (channel < 64)[None, :]
     at = token[:, None] * (HV * K) + channel[None, :]
     decays = gl.load(log_decay + at, mask=inside, other=0.0).to(gl.float32)
-    decays = gl.where(decays < -800.0, -800.0, decays) * 1.4426950408889634
+    return gl.where(decays < -800.0, -800.0, decays) * 1.4426950408889634
+
+
+@gluon.jit
+def sum_decays(decays, tiles, half_line, RAW: gl.constexpr):
+    """c_t - m of every token and channel, with m half the chunk's sum, in units of log 2; RAW: also c_{t-1} - m; e^m.
+    The sums are at most 144 in bfloat16 and 6 in float16 here (``layout.centred``), so that a difference loses less
+    than a rounding to 16 bits."""
     middle = gl.sum(decays, 0) * 0.5
     sums = gl.associative_scan(decays, 0, add) - middle[None, :]
     exponents, before = tiles

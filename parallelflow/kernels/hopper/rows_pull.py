@@ -15,6 +15,7 @@ from .rows_scan import SHARED_BYTES, reaches
 CHANNELS = 64  # of the keys, in a program; also the columns of every tile
 TILE = CHUNK * CHANNELS * 2  # bytes
 BARRIERS = 1024  # bytes, and a number a channel
+AHEAD = 264  # programs: as many as run at once, two on each of 132 multiprocessors
 LINES = 8 * CHUNK * 4  # bytes of sums of scalar decays
 
 
@@ -73,12 +74,15 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
              "PACKED")  # fmt: skip
     bound = bind(
         rows_pull_kernel, **{name: constants[name] for name in named}, WHOLE=WHOLE,
-        PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), num_warps=4,
+        PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), AHEAD=AHEAD,
+        DECAY_BYTES=0 if log_decay is None else log_decay.element_size(),        num_warps=4,
     )  # fmt: skip
+    programs = count * (layout.K // CHANNELS)
     bound(
-        count * (layout.K // CHANNELS), tiles(query), tiles(vector), tiles(write), tiles(lone_write), tiles(d_output),
+        programs, tiles(query), tiles(vector), tiles(write), tiles(lone_write), tiles(d_output),
         tiles(d_source), tiles(solution), tiles(given), square, blocks(exit_gradients, CHANNELS, CHANNELS),
-        coefficient, lone_write, log_decay, floors, *gradients, table, time, per_sequence, tokens, scale,
+        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors, *gradients, table, time, per_sequence, tokens, programs,
+        scale,
     )  # fmt: skip
 
 
