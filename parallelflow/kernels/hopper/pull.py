@@ -85,13 +85,15 @@ def bring_following_near(
 @gluon.jit(do_not_specialize=["time", "per_sequence", "tokens", "programs"])
 def rows_pull_kernel(
     query, read, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
-    d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows, log_decay, floors, d_query, d_read, d_read_coefficient,
-    d_write, d_lone, d_log_decay, table, time, per_sequence, tokens, programs, scale,
+    d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows, log_decay,
+    floors, d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay, table, time, per_sequence, tokens,
+    programs, scale,
     C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, DECAY: gl.constexpr, RAW: gl.constexpr, SEQUENTIAL: gl.constexpr, READ_HEADS: gl.constexpr,
     READ_KIND: gl.constexpr, READ_COEFFICIENT_HEADS: gl.constexpr, READ_SIGN: gl.constexpr, WRITE_HEADS: gl.constexpr,
     LONE_HEADS: gl.constexpr, GIVEN_HEADS: gl.constexpr, TIED: gl.constexpr, PACKED: gl.constexpr,
-    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr, AHEAD: gl.constexpr, DECAY_BYTES: gl.constexpr,
+    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr, AHEAD: gl.constexpr,
+    DECAY_BYTES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 key channels; of a tied coefficient that tile's part.  PLACES: a token has in a tile; R or L of
     them are there.  AHEAD: programs from this one to the one whose inputs it brings near; 0 for none."""

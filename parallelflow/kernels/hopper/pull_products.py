@@ -29,7 +29,7 @@ def bring_near(start, SIZE: gl.constexpr, BYTES: gl.constexpr):
 
 @gluon.jit
 def bring_rows_near(array, row, rows, stride, column, WIDTH: gl.constexpr, BYTES: gl.constexpr):
-    """The next ``rows`` (at most 64) of an array from ``row`` on, WIDTH elements of BYTES of each from ``column`` on."""
+    """The next ``rows`` (at most 64) of an array from ``row`` on, WIDTH elements of BYTES each from ``column`` on."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     part = gl.arange(0, 128, layout)
     offset = gl.minimum(part // 2, rows - 1) * stride + part % 2 * (WIDTH // 2)

@@ -54,18 +54,24 @@ def channels(layout: Layout) -> int:
     return CHANNELS
 
 
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """As the copy engine needs it."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants: dict, tokens: int,
            scale: float) -> None:  # fmt: skip
     """All chunks but those too strong to be centred; ``arrays`` and ``constants`` are those of the portable kernel."""
     (query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output, entry_states,
      exit_gradients, _, floors, _, _, _, _, *gradients, table, time, per_sequence) = arrays  # fmt: skip
+    query, vector, write, lone_write, log_decay, given, d_output = map(
+        aligned, (query, vector, write, lone_write, log_decay, given, d_output)
+    )
     square = blocks(entry_states, CHANNELS, CHANNELS)  # stands in for descriptors that are not read
 
     def tiles(tensor: Tensor | None) -> Descriptor:
         if tensor is None:
             return square
-        if tensor.data_ptr() % 16:  # a copy needs that much
-            tensor = tensor.clone()
         alone = tensor.ndim == 4 or tensor.shape[2] == next_power_of_2(tensor.shape[2])
         return (rows if alone else places)(tensor, CHANNELS, CHUNK)
 
@@ -75,14 +81,14 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
     bound = bind(
         rows_pull_kernel, **{name: constants[name] for name in named}, WHOLE=WHOLE,
         PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), AHEAD=AHEAD,
-        DECAY_BYTES=0 if log_decay is None else log_decay.element_size(),        num_warps=4,
+        DECAY_BYTES=0 if log_decay is None else log_decay.element_size(), num_warps=4,
     )  # fmt: skip
     programs = count * (layout.K // CHANNELS)
     bound(
         programs, tiles(query), tiles(vector), tiles(write), tiles(lone_write), tiles(d_output),
         tiles(d_source), tiles(solution), tiles(given), square, blocks(exit_gradients, CHANNELS, CHANNELS),
-        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors, *gradients, table, time, per_sequence, tokens, programs,
-        scale,
+        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors,
+        *gradients, table, time, per_sequence, tokens, programs, scale,
     )  # fmt: skip
 
 
