@@ -40,7 +40,11 @@ def draw(layout, chunks, batch, time, dtype, read_kind, tied, own_heads, strengt
     read = None
     if r:
         vector = write if tied else normal(batch, time, r, own_heads, k, scale=narrow)
-        coefficient = torch.rand(batch, time, r, heads, generator=generator) if read_kind else None
+        coefficient = None
+        if read_kind:
+            channel = (k,) if read_kind == 2 else ()
+            coefficient = torch.rand(batch, time, r, heads, *channel, generator=generator)
+            coefficient = coefficient.to(dtype) if read_kind == 2 else coefficient
         read = Factor(vector, coefficient, -1)
     channels = {NO_DECAY: None, SCALAR_DECAY: (), VECTOR_DECAY: (k,)}[layout.decay]
     log_decay = None
@@ -70,7 +74,8 @@ def pull(layout, chunks, arrays, scale, raw, sequential):
     if arrays.read is not None:
         tied = arrays.read.vector is arrays.write
         if arrays.read.coefficient is not None:
-            coefficient = wide(arrays.read.coefficient[..., None])
+            given = arrays.read.coefficient
+            coefficient = wide(given if arrays.read.kind == 2 else given[..., None])
         a = b if tied else wide(arrays.read.vector)
         product = arrays.read.sign * (a if coefficient is None else a * coefficient)
         if not tied:  # the gradient asked for is that of the product

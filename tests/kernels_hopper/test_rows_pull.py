@@ -28,7 +28,8 @@ ROUNDINGS = 4  # of pairs, of both sides' operands and of the result
 KINDS = {
     "kda": (1, 0, 64, 128, 128, VECTOR_DECAY, False, False, True, True),
     "kda-64": (1, 0, 64, 64, 64, VECTOR_DECAY, False, False, True, True),
-    "untied": (1, 0, 64, 64, 128, VECTOR_DECAY, False, False, True, False),
+    "untied": (1, 0, 64, 128, 128, VECTOR_DECAY, False, False, 1, False),
+    "factors": (1, 0, 64, 64, 64, VECTOR_DECAY, False, False, 2, False),
     "gla": (0, 1, 64, 128, 64, VECTOR_DECAY, False, False, False, False),
     "rwkv7": (1, 1, 64, 64, 64, VECTOR_DECAY, True, False, False, False),
     "comba": (1, 0, 64, 128, 64, SCALAR_DECAY, True, False, True, False),
@@ -140,8 +141,8 @@ def test_chunks_of_strong_decays_are_left_alone(on_the_cpu):
 
 @pytest.mark.parametrize(
     ("kind", "two"),
-    [("kda", True), ("kda-64", True), ("gla", True), ("rwkv7", True), ("untied", False), ("comba", True),
-     ("gated-product-3", True), ("product-2", True), ("simultaneous-4", True), ("mixed", True)],
+    [("kda", True), ("kda-64", True), ("gla", True), ("rwkv7", True), ("untied", True), ("factors", True),
+     ("comba", True), ("gated-product-3", True), ("product-2", True), ("simultaneous-4", True), ("mixed", True)],
 )  # fmt: skip
 def test_it_compiles(compile_for_hopper, monkeypatch, kind, two):
     """Two programs fit a multiprocessor where that was reckoned; only addresses are spilled, ptxas serialises no
@@ -193,3 +194,4 @@ def test_what_it_serves():
     key = torch.zeros(1, 128, 1, 2, 128)
     assert served(read=Factor(key, torch.zeros(1, 128, 1, 2)))
     assert not served(read=Factor(key, torch.zeros(1, 128, 1, 2, 128)))
+    assert served(read=Factor(key, torch.zeros(1, 128, 1, 2, 128, dtype=torch.bfloat16)))

@@ -84,10 +84,10 @@ def bring_following_near(
 
 @gluon.jit(do_not_specialize=["time", "per_sequence", "tokens", "programs"])
 def rows_pull_kernel(
-    query, read, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
-    d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows, log_decay,
-    floors, d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay, table, time, per_sequence, tokens,
-    programs, scale,
+    query, read, coefficients, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
+    read_rows, d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows,
+    log_decay, floors, d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay, table, time, per_sequence,
+    tokens, programs, scale,
     C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, DECAY: gl.constexpr, RAW: gl.constexpr, SEQUENTIAL: gl.constexpr, READ_HEADS: gl.constexpr,
     READ_KIND: gl.constexpr, READ_COEFFICIENT_HEADS: gl.constexpr, READ_SIGN: gl.constexpr, WRITE_HEADS: gl.constexpr,
@@ -105,6 +105,9 @@ def rows_pull_kernel(
     APART: gl.constexpr = SCALAR and R > 1
     ALONE: gl.constexpr = DECAY > 0 and R == 1
     BEFORE: gl.constexpr = RAW and R > 0 and DECAY == 2
+    # Readers are formed last, where dU was; reads that are no writes come there when dU is done with.
+    LAST: gl.constexpr = R > 0 and (TIED or L == 0)
+    FETCHED: gl.constexpr = R > 0 and L == 0 and not TIED
     tile = gl.program_id(0) % TILES
     flat = gl.program_id(0) // TILES
     if VECTOR:  # noqa: SIM102 - settled while compiling
@@ -131,7 +134,7 @@ def rows_pull_kernel(
     solution_tiles = ring(solution, PARTS) if R > 0 else output_tiles
     given_tiles = ring(given, PARTS) if L > 0 else output_tiles
     write_tile = ring(write, 1) if R > 0 else query_tile
-    read_tile = ring(read, 1) if R > 0 and not TIED else query_tile
+    read_tile = ring(read, 1) if R > 0 and not LAST else query_tile
     lone_tile = ring(lone_write, 1) if L > 0 else query_tile
     exponent_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if VECTOR else query_tile
     before_tile = gl.allocate_shared_memory(gl.float32, [64, 64], spread) if BEFORE else exponent_tile
@@ -150,15 +153,15 @@ def rows_pull_kernel(
     SIZE: gl.constexpr = 64 * 64 * 2
     # What is needed first comes first.
     query_column = head // (HV // H) * K + tile * 64
+    read_column = head // (HV // READ_HEADS) * K + tile * 64
     write_column = head // (HV // WRITE_HEADS) * K + tile * 64
     lone_column = head // (HV // LONE_HEADS) * K + tile * 64
-    mbarrier.expect(ready.index(0), SIZE * (1 + (R > 0) * (1 if TIED else 2) + (L > 0)))
+    mbarrier.expect(ready.index(0), SIZE * (1 + (R > 0) * (1 if LAST else 2) + (L > 0)))
     fetch_values(query, query_tile, ready.index(0), first, length, query_column, C, 1, 1)
     if R > 0:
         fetch_values(write, write_tile, ready.index(0), first, length, write_column, C, R, 1)
-        if not TIED:
-            column = head // (HV // READ_HEADS) * K + tile * 64
-            fetch_values(read, read_tile, ready.index(0), first, length, column, C, R, 1)
+        if not LAST:
+            fetch_values(read, read_tile, ready.index(0), first, length, read_column, C, R, 1)
     if L > 0:
         fetch_values(lone_write, lone_tile, ready.index(0), first, length, lone_column, C, L, 1)
     mbarrier.expect(ready.index(1), SIZE * PARTS * 2)
@@ -174,6 +177,12 @@ def rows_pull_kernel(
     if L > 0:
         column = head // (HV // GIVEN_HEADS) * V
         fetch_values(given, given_tiles, ready.index(2), first, length, column, C, L, PARTS)
+    if FETCHED:
+        bring_rows_near(read_rows, first * R, length * R, READ_HEADS * K, read_column, 64, 2)
+    coefficient_column = head // (HV // READ_COEFFICIENT_HEADS) * K + tile * 64
+    if READ_KIND == 2:
+        stride: gl.constexpr = READ_COEFFICIENT_HEADS * K
+        bring_rows_near(read_coefficient, first * R, length * R, stride, coefficient_column, 64, 2)
     if AHEAD > 0:
         arrays = (d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, log_decay)
         bring_following_near(
@@ -201,17 +210,19 @@ def rows_pull_kernel(
     n_there = (n_token < length) & (n_place < R)
     queries = query_tile.index(0).reshape([64, 64])
     writes = write_tile.index(0).reshape([64, 64])
-    reads = (source_tiles if TIED else read_tile).index(0).reshape([64, 64])
+    reads = (source_tiles if LAST else read_tile).index(0).reshape([64, 64])
+    factors = solution_tiles.index(0).reshape([64, 64])
     lone = lone_tile.index(0).reshape([64, 64])
     weight = gl.zeros([64], gl.float32, by_row)
     if R > 0 and READ_KIND == 1:
         at = ((first + n_token) * R + n_place) * READ_COEFFICIENT_HEADS + head // (HV // READ_COEFFICIENT_HEADS)
         weight = gl.load(read_coefficient + at, mask=n_there, other=0.0).to(gl.float32) * READ_SIGN
     mbarrier.wait(ready.index(0), 0)
-    late_rows(queries, queries, gl.zeros([64], gl.float32, by_row) + scale, exponent_tile, layout, 1, 1, VECTOR)
-    if R > 0 and not TIED:
+    scales = gl.zeros([64], gl.float32, by_row) + scale
+    late_rows(queries, queries, scales, factors, exponent_tile, layout, 1, 1, VECTOR)
+    if R > 0 and not LAST:
         if VECTOR or READ_KIND == 1 or READ_SIGN == -1:
-            late_rows(reads, reads, weight, before_tile, layout, READ_KIND, READ_SIGN, VECTOR)
+            late_rows(reads, reads, weight, factors, before_tile, layout, READ_KIND, READ_SIGN, VECTOR)
         if VECTOR:
             early_rows(writes, exponent_tile, layout)
     if L > 0 and VECTOR:
@@ -282,8 +293,17 @@ def rows_pull_kernel(
             lone_gram_tile.store(kept(gram, keep, lines, 2, 6, by_row, by_column, SCALAR).to(dtype))
     else:
         gl.thread_barrier()
-    if TIED:
-        late_rows(writes, reads, weight, before_tile, layout, READ_KIND, READ_SIGN, VECTOR)
+    if FETCHED:
+        mbarrier.expect(ready.index(0), SIZE * (2 if READ_KIND == 2 else 1))
+        fetch_values(read, source_tiles, ready.index(0), first, length, read_column, C, R, 1)
+        if READ_KIND == 2:
+            fetch_values(coefficients, solution_tiles, ready.index(0), first, length, coefficient_column, C, R, 1)
+        mbarrier.wait(ready.index(0), 1)
+    if LAST:
+        if TIED:
+            late_rows(writes, reads, weight, factors, before_tile, layout, READ_KIND, READ_SIGN, VECTOR)
+        elif VECTOR or READ_KIND > 0 or READ_SIGN == -1:
+            late_rows(reads, reads, weight, factors, before_tile, layout, READ_KIND, READ_SIGN, VECTOR)
         if VECTOR:
             early_rows(writes, exponent_tile, layout)
     if VECTOR:
@@ -362,7 +382,7 @@ def rows_pull_kernel(
     m_inside = ((m_token < length) & (m_place < L))[:, None] & (column < 64)[None, :]
     n_inside = n_there[:, None] & (column < 64)[None, :]
     if VECTOR:
-        mbarrier.wait(ready.index(0), 1)
+        mbarrier.wait(ready.index(0), 0 if FETCHED else 1)
         slope = unpack(queries.load(layout)) * dq
         dq = dq * gl.exp2(exponent_tile.load(layout))
     if DECAY > 0:

@@ -90,14 +90,17 @@ def early_rows(tile, exponents, layout: gl.constexpr):
 
 
 @gluon.jit
-def late_rows(tile, target, weight, exponents, layout: gl.constexpr, KIND: gl.constexpr, SIGN: gl.constexpr,
+def late_rows(tile, target, weight, factors, exponents, layout: gl.constexpr, KIND: gl.constexpr, SIGN: gl.constexpr,
               VECTOR: gl.constexpr):  # fmt: skip
-    """Readers at the chunk's middle, with their sign and weight."""
+    """Readers at the chunk's middle, with their sign and their weight, or a factor a channel."""
     rows = unpack(tile.load(layout))
     if KIND == 1:
         rows = rows * weight[:, None]
-    elif SIGN == -1:
-        rows = rows * -1.0
+    else:
+        if KIND == 2:
+            rows = rows * unpack(factors.load(layout))
+        if SIGN == -1:
+            rows = rows * -1.0
     if VECTOR:
         rows = rows * gl.exp2(exponents.load(layout))
     target.store(rows.to(target.dtype))

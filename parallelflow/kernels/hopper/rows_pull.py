@@ -25,7 +25,7 @@ def shared_bytes(layout: Layout, tied: bool) -> int:
     vector, scalar = layout.decay == VECTOR_DECAY, layout.decay == SCALAR_DECAY
     parts = layout.V // CHANNELS
     values = parts * (3 + 2 * reading + lone)
-    keys = 1 + reading * (2 - tied) + lone
+    keys = 1 + reading * (1 + (lone and not tied)) + lone
     exponents = 2 * vector * (1 + (layout.raw and reading))
     own = 2 * (scalar and layout.R > 1 and parts == 1)
     return (values + keys + exponents + own) * TILE + scalar * LINES + BARRIERS
@@ -33,13 +33,14 @@ def shared_bytes(layout: Layout, tied: bool) -> int:
 
 def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
     """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take: K and V
-    multiples of 64; at most one row of a family a token where decays are a channel's; no coefficients a channel."""
+    multiples of 64; at most one row of a family a token where decays are a channel's; coefficients a channel of 16
+    bits, and without rows that only write."""
     tied = False  # takes less
     families = [count for count in (layout.R, layout.L) if count]
     return (
         layout.K % CHANNELS == 0
         and layout.V % CHANNELS == 0
-        and (read is None or read.kind < 2)
+        and (read is None or read.kind < 2 or (layout.L == 0 and _narrow(read.coefficient)))
         and (layout.decay != VECTOR_DECAY or (layout.C == CHUNK and max(families) == 1))
         and (layout.decay != SCALAR_DECAY or layout.L < 2)
         and all(count == next_power_of_2(count) or layout.C * next_power_of_2(count) == CHUNK for count in families)
@@ -54,6 +55,10 @@ def channels(layout: Layout) -> int:
     return CHANNELS
 
 
+def _narrow(coefficient: Tensor | None) -> bool:
+    return coefficient is not None and coefficient.element_size() == 2
+
+
 def aligned(tensor: Tensor | None) -> Tensor | None:
     """As the copy engine needs it."""
     return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
@@ -64,8 +69,8 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
     """All chunks but those too strong to be centred; ``arrays`` and ``constants`` are those of the portable kernel."""
     (query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output, entry_states,
      exit_gradients, _, floors, _, _, _, _, *gradients, table, time, per_sequence) = arrays  # fmt: skip
-    query, vector, write, lone_write, log_decay, given, d_output = map(
-        aligned, (query, vector, write, lone_write, log_decay, given, d_output)
+    query, vector, coefficient, write, lone_write, log_decay, given, d_output = map(
+        aligned, (query, vector, coefficient, write, lone_write, log_decay, given, d_output)
     )
     square = blocks(entry_states, CHANNELS, CHANNELS)  # stands in for descriptors that are not read
 
@@ -84,11 +89,12 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
         DECAY_BYTES=0 if log_decay is None else log_decay.element_size(), num_warps=4,
     )  # fmt: skip
     programs = count * (layout.K // CHANNELS)
+    factors = coefficient if constants["READ_KIND"] == 2 else None
     bound(
-        programs, tiles(query), tiles(vector), tiles(write), tiles(lone_write), tiles(d_output),
-        tiles(d_source), tiles(solution), tiles(given), square, blocks(exit_gradients, CHANNELS, CHANNELS),
-        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors,
-        *gradients, table, time, per_sequence, tokens, programs, scale,
+        programs, tiles(query), tiles(vector), tiles(factors), tiles(write), tiles(lone_write), tiles(d_output), tiles(d_source), tiles(solution), tiles(given), square,
+        blocks(exit_gradients, CHANNELS, CHANNELS), vector, d_output, d_source, solution, given, entry_states,
+        exit_gradients, coefficient, lone_write, log_decay, floors, *gradients, table, time, per_sequence, tokens,
+        programs, scale,
     )  # fmt: skip
 
 
