@@ -91,10 +91,10 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
     programs = count * (layout.K // CHANNELS)
     factors = coefficient if constants["READ_KIND"] == 2 else None
     bound(
-        programs, tiles(query), tiles(vector), tiles(factors), tiles(write), tiles(lone_write), tiles(d_output), tiles(d_source), tiles(solution), tiles(given), square,
-        blocks(exit_gradients, CHANNELS, CHANNELS), vector, d_output, d_source, solution, given, entry_states,
-        exit_gradients, coefficient, lone_write, log_decay, floors, *gradients, table, time, per_sequence, tokens,
-        programs, scale,
+        programs, tiles(query), tiles(vector), tiles(factors), tiles(write), tiles(lone_write), tiles(d_output),
+        tiles(d_source), tiles(solution), tiles(given), square, blocks(exit_gradients, CHANNELS, CHANNELS), vector,
+        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors,
+        *gradients, table, time, per_sequence, tokens, programs, scale,
     )  # fmt: skip
 
 
