@@ -382,24 +382,24 @@ def rows_pull_kernel(
     m_inside = ((m_token < length) & (m_place < L))[:, None] & (column < 64)[None, :]
     n_inside = n_there[:, None] & (column < 64)[None, :]
     if VECTOR:
-        mbarrier.wait(ready.index(0), 0 if FETCHED else 1)
+        if R > 0 and L > 0:  # there was no place left for these rows
+            own = (first.to(gl.int64) * LONE_HEADS + head // (HV // LONE_HEADS)) * K + tile * 64
+            at = row[:, None] * (LONE_HEADS * K) + column[None, :]
+            lone_again = gl.load(lone_rows + own + at, mask=inside, other=0.0)
         slope = unpack(queries.load(layout)) * dq
         dq = dq * gl.exp2(exponent_tile.load(layout))
-    if DECAY > 0:
-        if ALONE:
-            dq += own_score[:, None] * unpack(
-                (rows_again if VECTOR else write_tile).index(0).reshape([64, 64]).load(layout)
-            )
-        if L > 0:
-            if SCALAR:
-                rows = unpack(lone.load(layout))
-            elif R > 0:
-                own = (first.to(gl.int64) * LONE_HEADS + head // (HV // LONE_HEADS)) * K + tile * 64
-                at = row[:, None] * (LONE_HEADS * K) + column[None, :]
-                rows = gl.load(lone_rows + own + at, mask=inside, other=0.0).to(gl.float32)
-            else:
-                rows = unpack(rows_again.index(0).reshape([64, 64]).load(layout))
-            dq += own_lone_score[:, None] * rows
+        mbarrier.wait(ready.index(0), 0 if FETCHED else 1)
+    if ALONE:
+        rows = (rows_again if VECTOR else write_tile).index(0).reshape([64, 64])
+        dq += own_score[:, None] * unpack(rows.load(layout))
+    if DECAY > 0 and L > 0:
+        if SCALAR:
+            rows = unpack(lone.load(layout))
+        elif R > 0:
+            rows = lone_again.to(gl.float32)
+        else:
+            rows = unpack(rows_again.index(0).reshape([64, 64]).load(layout))
+        dq += own_lone_score[:, None] * rows
     at = row[:, None] * (HV * K) + column[None, :]
     gl.store(d_query + here + at, (dq * scale).to(d_query.dtype.element_ty), mask=inside)
     if R > 0:  # of reads, then of writes
