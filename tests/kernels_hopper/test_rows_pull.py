@@ -139,17 +139,13 @@ def test_chunks_of_strong_decays_are_left_alone(on_the_cpu):
         assert not written[:, 1].any()
 
 
-@pytest.mark.parametrize(
-    ("kind", "two"),
-    [("kda", True), ("kda-64", True), ("gla", True), ("rwkv7", True), ("untied", True), ("factors", True),
-     ("comba", True), ("gated-product-3", True), ("product-2", True), ("simultaneous-4", True), ("mixed", True)],
-)  # fmt: skip
-def test_it_compiles(compile_for_hopper, monkeypatch, kind, two):
-    """Two programs fit a multiprocessor where that was reckoned; only addresses are spilled, ptxas serialises no
-    product and reads no register that nothing wrote."""
+@pytest.mark.parametrize("kind", ["kda", "gla", "rwkv7", "factors", "comba", "gated-product-3", "product-2"])
+def test_it_compiles(compile_for_hopper, monkeypatch, kind):
+    """Two programs fit a multiprocessor; only addresses are spilled, ptxas serialises no product and reads no register
+    that nothing wrote."""
     layout, coefficients, tied = layout_of(kind, 2)
     batch, time, chunks = where(layout, True)
-    dtype = torch.float16 if kind == "kda-64" else torch.bfloat16
+    dtype = torch.float16 if kind == "factors" else torch.bfloat16
     arrays = pull_by_definition.draw(layout, chunks, batch, time, dtype, coefficients, tied, 2)
     made = []
 
@@ -169,8 +165,7 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, two):
     pulled(layout, chunks, arrays, floors, 1.0)
     (resources,) = made
     reckoned = rows_pull.shared_bytes(layout, tied)
-    assert resources.shared_bytes <= reckoned <= rows_pull.SHARED_BYTES
-    assert not two or reckoned <= TWO_PROGRAMS
+    assert resources.shared_bytes <= reckoned <= TWO_PROGRAMS
     assert resources.spilled_bytes <= SPILLED
     assert not resources.unwritten
     assert not SERIALISED & set(resources.remarks)
