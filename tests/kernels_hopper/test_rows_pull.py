@@ -32,6 +32,7 @@ KINDS = {
     "factors": (1, 0, 64, 64, 64, VECTOR_DECAY, False, False, 2, False),
     "gla": (0, 1, 64, 128, 64, VECTOR_DECAY, False, False, False, False),
     "rwkv7": (1, 1, 64, 64, 64, VECTOR_DECAY, True, False, False, False),
+    "tied and lone": (1, 1, 64, 64, 64, VECTOR_DECAY, True, False, True, True),
     "comba": (1, 0, 64, 128, 64, SCALAR_DECAY, True, False, True, False),
     "scalar": (1, 1, 64, 64, 64, SCALAR_DECAY, False, False, True, True),
     "gated-product-3": (3, 0, 16, 64, 64, SCALAR_DECAY, False, True, True, True),
@@ -94,7 +95,6 @@ def on_the_cpu(monkeypatch):
     for name in ("rows", "places", "blocks"):
         monkeypatch.setattr(rows_pull, name, noting(getattr(rows_pull, name)))
     monkeypatch.setattr(rows_pull, "bind", bound)
-    monkeypatch.setattr(rows_pull, "AHEAD", 1)
     monkeypatch.setattr(pull, "bind", lambda kernel, **constants: lambda *arguments: None)  # strong decays
 
 

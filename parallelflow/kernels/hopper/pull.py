@@ -19,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .primitives import unpack
 from .pull_decays import from_start, kept, later, load_decays, sum_decays, sum_slopes, sum_tokens, to_end
 from .pull_products import (
-    bring_rows_near,
-    bring_states_near,
     early_rows,
     fetch_values,
     finish,
@@ -53,50 +51,19 @@ def row_offsets(row, column, R: gl.constexpr, PLACES: gl.constexpr, HV: gl.const
     return (row // PLACES * R + row % PLACES)[:, None] * (HV * K) + column[None, :]
 
 
-@gluon.jit
-def bring_following_near(
-    program, arrays, extent, C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    V: gl.constexpr, DECAY: gl.constexpr, GIVEN_HEADS: gl.constexpr, PACKED: gl.constexpr,
-    DECAY_BYTES: gl.constexpr,
-):  # fmt: skip
-    """Most of what a later program reads, while this one computes and memory would rest."""
-    d_output, d_source, solution, given, entry_states, exit_gradients, log_decay = arrays
-    table, time, per_sequence = extent
-    TILES: gl.constexpr = K // 64
-    WIDTH: gl.constexpr = V // TILES
-    tile = program % TILES
-    flat = program // TILES
-    head = flat % HV
-    first, length = locate_rows(flat // HV, table, time, per_sequence, C, PACKED)
-    bring_states_near(entry_states, flat, tile, K, V)
-    bring_states_near(exit_gradients, flat, tile, K, V)
-    column = tile * WIDTH
-    bring_rows_near(d_output, first, length, HV * V, head * V + column, WIDTH, 2)
-    if R > 0:
-        bring_rows_near(d_source, first * R, length * R, HV * V, head * V + column, WIDTH, 2)
-        bring_rows_near(solution, first * R, length * R, HV * V, head * V + column, WIDTH, 2)
-    if L > 0:
-        column += head // (HV // GIVEN_HEADS) * V
-        bring_rows_near(given, first * L, length * L, GIVEN_HEADS * V, column, WIDTH, 2)
-    if DECAY == 2:
-        bring_rows_near(log_decay, first, length, HV * K, head * K + tile * 64, 64, DECAY_BYTES)
-
-
-@gluon.jit(do_not_specialize=["time", "per_sequence", "tokens", "programs"])
+@gluon.jit(do_not_specialize=["time", "per_sequence", "tokens"])
 def rows_pull_kernel(
     query, read, coefficients, write, lone_write, d_output, d_source, solution, given, entry_states, exit_gradients,
-    read_rows, d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, read_coefficient, lone_rows,
-    log_decay, floors, d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay, table, time, per_sequence,
-    tokens, programs, scale,
+    read_coefficient, lone_rows, log_decay, floors, d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay,
+    table, time, per_sequence, tokens, scale,
     C: gl.constexpr, R: gl.constexpr, L: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     V: gl.constexpr, DECAY: gl.constexpr, RAW: gl.constexpr, SEQUENTIAL: gl.constexpr, READ_HEADS: gl.constexpr,
     READ_KIND: gl.constexpr, READ_COEFFICIENT_HEADS: gl.constexpr, READ_SIGN: gl.constexpr, WRITE_HEADS: gl.constexpr,
     LONE_HEADS: gl.constexpr, GIVEN_HEADS: gl.constexpr, TIED: gl.constexpr, PACKED: gl.constexpr,
-    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr, AHEAD: gl.constexpr,
-    DECAY_BYTES: gl.constexpr,
+    WHOLE: gl.constexpr, PLACES: gl.constexpr, LONE_PLACES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 64 key channels; of a tied coefficient that tile's part.  PLACES: a token has in a tile; R or L of
-    them are there.  AHEAD: programs from this one to the one whose inputs it brings near; 0 for none."""
+    them are there."""
     TILES: gl.constexpr = K // 64
     PARTS: gl.constexpr = V // 64
     VECTOR: gl.constexpr = DECAY == 2
@@ -177,18 +144,7 @@ def rows_pull_kernel(
     if L > 0:
         column = head // (HV // GIVEN_HEADS) * V
         fetch_values(given, given_tiles, ready.index(2), first, length, column, C, L, PARTS)
-    if FETCHED:
-        bring_rows_near(read_rows, first * R, length * R, READ_HEADS * K, read_column, 64, 2)
     coefficient_column = head // (HV // READ_COEFFICIENT_HEADS) * K + tile * 64
-    if READ_KIND == 2:
-        stride: gl.constexpr = READ_COEFFICIENT_HEADS * K
-        bring_rows_near(read_coefficient, first * R, length * R, stride, coefficient_column, 64, 2)
-    if AHEAD > 0:
-        arrays = (d_output_rows, d_source_rows, solution_rows, given_rows, entries, exits, log_decay)
-        bring_following_near(
-            gl.minimum(gl.program_id(0) + AHEAD, programs - 1), arrays, (table, time, per_sequence),
-            C, R, L, HV, K, V, DECAY, GIVEN_HEADS, PACKED, DECAY_BYTES,
-        )  # fmt: skip
     if VECTOR:
         sum_decays(decays, (exponent_tile, before_tile), half_line, BEFORE)
     if SCALAR:

@@ -1,4 +1,4 @@
-"""The products of the kernel in ``pull.py``, and how the tiles of 64 rows and columns that they read come near."""
+"""The products of the kernel in ``pull.py``, and the tiles of 64 rows and columns that they read."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,35 +14,6 @@ def fetch_values(descriptor, tiles, ready, first, length, column, C: gl.constexp
     """A chunk's rows, 64 columns a tile."""
     for p in gl.static_range(PARTS):
         fetch_rows(descriptor, tiles.index(p), ready, first, first + length, 0, column + p * 64, C, COUNT, 64)
-
-
-@gluon.jit
-def bring_near(start, SIZE: gl.constexpr, BYTES: gl.constexpr):
-    """Begin to bring SIZE elements from each of 128 addresses into the second-level cache."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    size = gl.full([128], SIZE * BYTES, gl.int32, layout)
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [start, size], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def bring_rows_near(array, row, rows, stride, column, WIDTH: gl.constexpr, BYTES: gl.constexpr):
-    """The next ``rows`` (at most 64) of an array from ``row`` on, WIDTH elements of BYTES each from ``column`` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    part = gl.arange(0, 128, layout)
-    offset = gl.minimum(part // 2, rows - 1) * stride + part % 2 * (WIDTH // 2)
-    bring_near(array + row.to(gl.int64) * stride + column + offset, WIDTH // 2, BYTES)
-
-
-@gluon.jit
-def bring_states_near(states, flat, tile, K: gl.constexpr, V: gl.constexpr):
-    """A tile's share of the matrix with that number, in one piece."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    part = gl.arange(0, 128, layout)
-    share = flat.to(gl.int64) * (V * K) + tile * (V * 64)
-    bring_near(states + share + part * (V // 2), V // 2, 2)
 
 
 @gluon.jit

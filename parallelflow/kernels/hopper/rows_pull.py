@@ -15,7 +15,6 @@ from .rows_scan import SHARED_BYTES, reaches
 CHANNELS = 64  # of the keys, in a program; also the columns of every tile
 TILE = CHUNK * CHANNELS * 2  # bytes
 BARRIERS = 1024  # bytes, and a number a channel
-AHEAD = 264  # programs: as many as run at once, two on each of 132 multiprocessors
 LINES = 8 * CHUNK * 4  # bytes of sums of scalar decays
 
 
@@ -28,14 +27,14 @@ def shared_bytes(layout: Layout, tied: bool) -> int:
     keys = 1 + reading * (1 + (lone and not tied)) + lone
     exponents = 2 * vector * (1 + (layout.raw and reading))
     own = 2 * (scalar and layout.R > 1 and parts == 1)
-    return (values + keys + exponents + own) * TILE + scalar * LINES + BARRIERS
+    again = vector and reading and lone and tied  # where everything else is taken
+    return (values + keys + exponents + own + again) * TILE + scalar * LINES + BARRIERS
 
 
 def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
     """Whether the Hopper kernel takes these rows, on a device and of a dtype that Hopper's scans take: K and V
     multiples of 64; at most one row of a family a token where decays are a channel's; coefficients a channel of 16
     bits, and without rows that only write."""
-    tied = False  # takes less
     families = [count for count in (layout.R, layout.L) if count]
     return (
         layout.K % CHANNELS == 0
@@ -45,7 +44,7 @@ def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
         and (layout.decay != SCALAR_DECAY or layout.L < 2)
         and all(count == next_power_of_2(count) or layout.C * next_power_of_2(count) == CHUNK for count in families)
         and layout.C * next_power_of_2(max(families)) <= CHUNK
-        and shared_bytes(layout, tied) <= SHARED_BYTES
+        and max(shared_bytes(layout, tied) for tied in (False, True)) <= SHARED_BYTES
         and reaches(layout, chunks)
     )
 
@@ -59,24 +58,18 @@ def _narrow(coefficient: Tensor | None) -> bool:
     return coefficient is not None and coefficient.element_size() == 2
 
 
-def aligned(tensor: Tensor | None) -> Tensor | None:
-    """As the copy engine needs it."""
-    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants: dict, tokens: int,
            scale: float) -> None:  # fmt: skip
     """All chunks but those too strong to be centred; ``arrays`` and ``constants`` are those of the portable kernel."""
     (query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output, entry_states,
      exit_gradients, _, floors, _, _, _, _, *gradients, table, time, per_sequence) = arrays  # fmt: skip
-    query, vector, coefficient, write, lone_write, log_decay, given, d_output = map(
-        aligned, (query, vector, coefficient, write, lone_write, log_decay, given, d_output)
-    )
     square = blocks(entry_states, CHANNELS, CHANNELS)  # stands in for descriptors that are not read
 
     def tiles(tensor: Tensor | None) -> Descriptor:
         if tensor is None:
             return square
+        if tensor.data_ptr() % 16:  # a copy needs that much
+            tensor = tensor.clone()
         alone = tensor.ndim == 4 or tensor.shape[2] == next_power_of_2(tensor.shape[2])
         return (rows if alone else places)(tensor, CHANNELS, CHUNK)
 
@@ -85,16 +78,14 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
              "PACKED")  # fmt: skip
     bound = bind(
         rows_pull_kernel, **{name: constants[name] for name in named}, WHOLE=WHOLE,
-        PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), AHEAD=AHEAD,
-        DECAY_BYTES=0 if log_decay is None else log_decay.element_size(), num_warps=4,
+        PLACES=next_power_of_2(max(layout.R, 1)), LONE_PLACES=next_power_of_2(max(layout.L, 1)), num_warps=4,
     )  # fmt: skip
-    programs = count * (layout.K // CHANNELS)
     factors = coefficient if constants["READ_KIND"] == 2 else None
     bound(
-        programs, tiles(query), tiles(vector), tiles(factors), tiles(write), tiles(lone_write), tiles(d_output),
-        tiles(d_source), tiles(solution), tiles(given), square, blocks(exit_gradients, CHANNELS, CHANNELS), vector,
-        d_output, d_source, solution, given, entry_states, exit_gradients, coefficient, lone_write, log_decay, floors,
-        *gradients, table, time, per_sequence, tokens, programs, scale,
+        count * (layout.K // CHANNELS), tiles(query), tiles(vector), tiles(factors), tiles(write), tiles(lone_write),
+        tiles(d_output), tiles(d_source), tiles(solution), tiles(given), square,
+        blocks(exit_gradients, CHANNELS, CHANNELS), coefficient, lone_write, log_decay, floors, *gradients, table, time,
+        per_sequence, tokens, scale,
     )  # fmt: skip
 
 
