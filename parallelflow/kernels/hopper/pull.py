@@ -171,8 +171,9 @@ def rows_pull_kernel(
     lone = lone_tile.index(0).reshape([64, 64])
     weight = gl.zeros([64], gl.float32, by_row)
     if R > 0 and READ_KIND == 1:
-        at = ((first + n_token) * R + n_place) * READ_COEFFICIENT_HEADS + head // (HV // READ_COEFFICIENT_HEADS)
-        weight = gl.load(read_coefficient + at, mask=n_there, other=0.0).to(gl.float32) * READ_SIGN
+        own = first.to(gl.int64) * (R * READ_COEFFICIENT_HEADS) + head // (HV // READ_COEFFICIENT_HEADS)
+        at = (n_token * R + n_place) * READ_COEFFICIENT_HEADS
+        weight = gl.load(read_coefficient + own + at, mask=n_there, other=0.0).to(gl.float32) * READ_SIGN
     mbarrier.wait(ready.index(0), 0)
     scales = gl.zeros([64], gl.float32, by_row) + scale
     late_rows(queries, queries, scales, factors, exponent_tile, layout, 1, 1, VECTOR)

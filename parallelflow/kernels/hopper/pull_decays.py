@@ -68,9 +68,8 @@ def sum_tokens(log_decay, first, length, head, lines, place: gl.constexpr, C: gl
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row = gl.arange(0, 64, flat)
     token = row // PLACES
-    at = (first + token) * HV + head
     there = (token < length) & (token < C)
-    own = gl.load(log_decay + at, mask=there, other=0.0).to(gl.float64)
+    own = gl.load(log_decay + first.to(gl.int64) * HV + head + token * HV, mask=there, other=0.0).to(gl.float64)
     own = gl.where(own < -800.0, -800.0, own) * 1.4426950408889634
     step = gl.where(row % PLACES == 0, own, 0.0)
     sums = gl.associative_scan(step, 0, add)
