@@ -144,6 +144,15 @@ def test_what_two_tokens_say_of_the_decays_before_both_cancels(name):
         assert error <= 2**-7
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "gated_linear_attention", "gated_delta_rule_2"])
+def test_hopper_with_every_floor(name):
+    """Hopper's gradients of the chunks that may be centred, the portable ones of the others."""
+    model = next(model for model in ROWS if model.name == name)
+    compare(model, Sizes(1, 150, 1, 2, 64, 64, model.rows), torch.bfloat16, backend="hopper",
+            change=lambda inputs: of_three_strengths(inputs["log_decay"]))  # fmt: skip
+
+
 def test_resets():
     model = next(model for model in ROWS if model.name == "kimi_delta_attention")
 

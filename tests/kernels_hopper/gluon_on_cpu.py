@@ -165,7 +165,7 @@ def language(program):
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype)),
         minimum=lambda x, y: Value(torch.minimum(torch.as_tensor(raw(x)), torch.as_tensor(raw(y)))),
-        where=where, load=load, store=store, inline_asm_elementwise=assembly,
+        exp2=lambda x: Value(torch.exp2(x.data)), where=where, load=load, store=store, inline_asm_elementwise=assembly,
         associative_scan=lambda x, axis, combine: Value(x.data.cumsum(axis)),
         sum=lambda x, axis: Value(x.data.sum(axis)),
         reshape=lambda x, shape: Value(x.data.reshape(shape)),

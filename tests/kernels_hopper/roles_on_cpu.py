@@ -1,5 +1,5 @@
-"""A Gluon kernel of several warp roles on the CPU: every role is a thread, barriers and copies are what they are on the
-card, and a product reads its operands when it is waited for.
+"""A Gluon kernel with copies, of several warp roles or none, on the CPU: every role is a thread, barriers and copies
+are what they are on the card, and a product reads its operands when it is waited for.
 
 So it sees, beside what ``gluon_on_cpu`` sees, a role that waits for ever, a tile that is read before it is there, and
 one that is overwritten while somebody still needs it (a copy first fills its tile with NaN). It does not see layouts,
@@ -10,6 +10,7 @@ import math
 import random
 import threading
 import types
+from contextlib import contextmanager
 
 import torch
 from gluon_on_cpu import Shared, Value, inside, language, plain_functions, raw
@@ -123,6 +124,7 @@ class Program:
             mine = self.stores.setdefault(threading.get_ident(), [])
             self.wait_for(lambda: len(mine) <= pending, "a copy to memory")
 
+    @torch.no_grad()
     def copy_engine(self):
         """Loads in any order, each role's stores in their order, none at once."""
         while True:
@@ -175,18 +177,27 @@ class Program:
 
         assert len(roles) == 1 + len(warps) == 1 + len(registers)
         threads = [threading.Thread(target=role, args=each, daemon=True) for each in roles]
-        engine = threading.Thread(target=self.copy_engine, daemon=True)
-        for thread in (*threads, engine):
+        for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        with self.condition:
-            self.done = True
-            self.condition.notify_all()
-        engine.join(PATIENCE)
         if self.failure is not None:
             raise self.failure
+
+    @contextmanager
+    def copying(self):
+        """Copies are made while the program runs."""
+        engine = threading.Thread(target=self.copy_engine, daemon=True)
+        engine.start()
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.done = True
+                self.condition.notify_all()
+            engine.join(PATIENCE)
         assert not engine.is_alive()
+        assert not self.own.__dict__.get("issued"), "a product that nobody waited for"
         assert all(barrier.bytes == 0 for barrier in self.barriers.values())
 
 
@@ -207,7 +218,8 @@ def run(kernel, programs, arguments, seed=0):
         )  # fmt: skip
         scope["fence_async_shared"] = lambda: None
         scope["warpgroup_mma"], scope["warpgroup_mma_wait"] = program.multiply, program.multiply_wait
-        types.FunctionType(kernel.fn.__code__, scope)(**held)
+        with program.copying():
+            types.FunctionType(kernel.fn.__code__, scope)(**held)
 
 
 def allocate(dtype, shape, layout):

@@ -165,8 +165,8 @@ def type_of(argument):
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
     if isinstance(argument, torch.Tensor):
         return f"*{names[argument.dtype]}"
-    if isinstance(argument, int):
-        return "i32"
+    if isinstance(argument, (int, float)):
+        return "i32" if isinstance(argument, int) else "fp32"
     block = ",".join(map(str, argument.block_shape))
     return f"tensordesc<{names[argument.base.dtype]}[{block}],{argument.layout!r}>"
 

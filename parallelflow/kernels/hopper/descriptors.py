@@ -90,15 +90,16 @@ def places(tensor: torch.Tensor, width: int, height: int) -> Descriptor:
 
 
 @lru_cache(maxsize=4096)
-def _blocks(address: int, dtype: torch.dtype, count: int, columns: int, height: int) -> Descriptor:
-    layout = _NARROW.get(columns, _SWIZZLED)
-    return Descriptor(_Address(address, dtype), [count, columns], [columns, 1], [height, columns], layout)
+def _blocks(address: int, dtype: torch.dtype, count: int, columns: int, height: int, width: int) -> Descriptor:
+    layout = _NARROW.get(width, _SWIZZLED)
+    return Descriptor(_Address(address, dtype), [count, columns], [columns, 1], [height, width], layout)
 
 
-def blocks(tensor: torch.Tensor, height: int = CHUNK) -> Descriptor:
-    """Tiles of `height` whole rows of an array of matrices, seen as [rows, columns]."""
+def blocks(tensor: torch.Tensor, height: int = CHUNK, width: int | None = None) -> Descriptor:
+    """Tiles of `height` rows, `width` columns or all, of an array of matrices, seen as [rows, columns]."""
     columns = tensor.shape[-1]
-    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, height)
+    width = columns if width is None else width
+    return _blocks(tensor.data_ptr(), tensor.dtype, tensor.numel() // columns, columns, height, width)
 
 
 @lru_cache(maxsize=4096)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gradient_steps import await_step
-from .primitives import unpack
+from .primitives import opaque, unpack
 
 
 @gluon.jit
@@ -34,12 +34,6 @@ def multiply_add(x, y, z):
     return gl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=gl.float32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def opaque(x):
-    """x, of which the compiler knows nothing: addresses that follow from it are not kept in registers for all items."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -47,6 +47,12 @@ def unpack(x):
 
 
 @gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing: addresses that follow from it are not kept in registers for later."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def state_offsets(value_dim, layout: gl.constexpr, K: gl.constexpr):
     """Where the elements of a transposed tile [64 values, K keys] of a state [K, V] lie.
 

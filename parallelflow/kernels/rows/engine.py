@@ -10,7 +10,7 @@ from parallelflow.kernels.rows.layout import VECTOR_DECAY, Factor, Layout
 from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, prepare
 from parallelflow.kernels.rows.products import gathered, product, pull_product
-from parallelflow.kernels.rows.pull import pull
+from parallelflow.kernels.rows.pull import PORTABLE, Tier, pull
 from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
 from parallelflow.problem import Inputs, Traits
 
@@ -61,6 +61,16 @@ def scan_of(tier: str, layout: Layout, chunks: Chunks) -> Launch:
     return launch
 
 
+def pull_of(tier: str, layout: Layout, chunks: Chunks, read: Factor | None) -> Tier:
+    """What launches the gradients of a tier; the portable one where Hopper's does not serve."""
+    if tier == "hopper_rows":
+        from parallelflow.kernels.hopper import rows_pull
+
+        if rows_pull.serves(layout, chunks, read):
+            return rows_pull.HOPPER
+    return PORTABLE
+
+
 def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
             need_final_state: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
@@ -106,9 +116,11 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
         initial_gradient=rows.initial is not None)  # fmt: skip
     total, floors = prepared.total, prepared.floors
     del prepared, saved  # their memory is free for the gradients
-    met = pairs(solution, rows.given, d_source, d_output, of.log_decay, layout, chunks)
+    pulling = pull_of(tier, layout, chunks, rows.read)
+    met = pairs(solution, rows.given, d_source, d_output, of.log_decay, floors, layout, chunks,
+                strong_alone=pulling.forms_pairs)  # fmt: skip
     pulled = pull(of.query, rows.read, of.write, of.lone_write, of.log_decay, solution, rows.given, d_source, d_output,
-                  entries, exits, total, floors, met, layout, chunks, rows.scale)  # fmt: skip
+                  entries, exits, total, floors, met, layout, chunks, rows.scale, pulling)  # fmt: skip
 
     def summed(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if gradient is None or like is None else gathered(gradient, like.shape[3])

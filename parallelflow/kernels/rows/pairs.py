@@ -3,7 +3,8 @@ channel:
 
     d_gram = dU X^T,   d_scores = dO X^T,   d_lone_gram = dU u^T,   d_lone_scores = dO u^T,
 
-each where its matrix is not zero by construction.
+each where its matrix is not zero by construction; or of those chunks alone whose decays are too strong to be centred,
+where who pulls the others back forms these himself.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from parallelflow.kernels.launch import bind
 from parallelflow.kernels.prepare import decay_between
 from parallelflow.kernels.products import float32_precision
 from parallelflow.kernels.rows.factors import load_rows, places, token_sums
-from parallelflow.kernels.rows.layout import Layout, heads_of, width_of
+from parallelflow.kernels.rows.layout import WHOLE, Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import sizes
+
+WHOLE_CHUNK = tl.constexpr(WHOLE)
 
 
 class Pairs(NamedTuple):
@@ -44,15 +47,18 @@ def store_pairs(base, flat, pairs, keep, late_high, late_low, early_high, early_
 
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
-def pairs_kernel(solution, given, d_source, d_output, log_decay, gram, scores, lone_gram, lone_scores,
+def pairs_kernel(solution, given, d_source, d_output, log_decay, floors, gram, scores, lone_gram, lone_scores,
                  table, time, per_sequence,
                  C: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                  M: tl.constexpr, Q: tl.constexpr,
                  HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GIVEN_HEADS: tl.constexpr, DECAY: tl.constexpr,
-                 RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, PACKED: tl.constexpr,
+                 RAW: tl.constexpr, SEQUENTIAL: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """All pairs of one chunk and value head."""
+    """All pairs of one chunk and value head; STRONG: unless it may be centred as a whole."""
     flat = tl.program_id(0).to(tl.int64)
+    if STRONG:  # noqa: SIM102 - settled while compiling
+        if tl.load(floors + flat) == WHOLE_CHUNK:
+            return
     head = flat % HV
     first, length = locate_chunk(flat // HV, table, time, per_sequence, C, PACKED)
     if R > 0:
@@ -108,8 +114,11 @@ def pairs_kernel(solution, given, d_source, d_output, log_decay, gram, scores, l
 
 
 def pairs(solution: Tensor | None, given: Tensor | None, d_source: Tensor | None, d_output: Tensor,
-          log_decay: Tensor | None, layout: Layout, chunks: Chunks) -> Pairs:  # fmt: skip
+          log_decay: Tensor | None, floors: Tensor | None, layout: Layout, chunks: Chunks, *,
+          strong_alone: bool) -> Pairs:  # fmt: skip
     """The gradients above, for contiguous arrays in the token's layout."""
+    if strong_alone and floors is None:
+        return Pairs(None, None, None, None)
     count, R, L = chunks.count * layout.value_heads, layout.R, layout.L
 
     def vacant(rows: int, columns: int, there: bool) -> Tensor | None:
@@ -124,8 +133,9 @@ def pairs(solution: Tensor | None, given: Tensor | None, d_source: Tensor | None
             pairs_kernel, **sizes(layout), HV=layout.value_heads, V=layout.V,
             BV=width_of(layout.V, 32),
             GIVEN_HEADS=heads_of(given), DECAY=layout.decay, RAW=layout.raw,
-            SEQUENTIAL=layout.sequential, PACKED=chunks.packed, PRECISION=float32_precision(d_output.device),
+            SEQUENTIAL=layout.sequential, PACKED=chunks.packed, STRONG=strong_alone,
+            PRECISION=float32_precision(d_output.device),
             num_warps=4, num_stages=1)  # fmt: skip
-        launch(count, solution, given, d_source, d_output, log_decay, *found, chunks.table, chunks.time,
+        launch(count, solution, given, d_source, d_output, log_decay, floors, *found, chunks.table, chunks.time,
                chunks.per_sequence)  # fmt: skip
     return found

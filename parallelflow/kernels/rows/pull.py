@@ -1,4 +1,5 @@
 """Gradients of the rows and of the decay, of all chunks at once, one program a chunk, value head and tile of channels.
+The kernel here is told nothing of the GPU; Hopper's (``kernels/hopper/rows_pull.py``) takes its place where it serves.
 
 With S the state at a chunk's entry and E the gradient of the one at its exit, D the decay between two tokens,
 
@@ -11,6 +12,7 @@ its gradient (``slope``), and e^{c_C} what reaches the exit state; a token's log
 decay of its own, the slopes are formed of the very operands, rounded, that the products took.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,15 @@ from parallelflow.kernels.rows.pull_kernel import pull_kernel
 from parallelflow.kernels.rows.pull_strong import pull_strong_kernel
 
 
+class Tier(NamedTuple):
+    """What launches the kernel, for how many channels at a time, and whether it forms the gradients of the Gram
+    matrices (``pairs.py``) itself."""
+
+    launch: Callable[..., None]
+    width: Callable[[Layout], int]
+    forms_pairs: bool
+
+
 class Pulled(NamedTuple):
     """Once a value head: ``query [B, T, 1, HV, K]``, ``read, write [B, T, R, HV, K]``, ``lone [B, T, L, HV, K]``, in
     float32 where value heads are still to be summed, else in the inputs' dtype; ``log_decay [B, T, HV(, K)]`` in
@@ -41,15 +52,35 @@ class Pulled(NamedTuple):
     log_decay: Tensor | None
 
 
+def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants: dict, tokens: int,
+           scale: float) -> None:  # fmt: skip
+    """The portable kernel on ``count`` chunks and value heads."""
+    # Few waits where a tile holds all values of the usual heads; tiles of 64 were seen to fail on Hopper.
+    values = 128 if arrays[0].element_size() == 2 and layout.V > 64 else 32
+    width = channels(layout)
+    tiles = triton.cdiv(layout.K, width)
+    bound = bind(pull_kernel, **constants, BK=width, TILES=tiles, BV=width_of(layout.V, values))
+    bound(count * tiles, *arrays, tokens, scale)
+
+
+def channels(layout: Layout) -> int:
+    """Channels of the keys in a program."""
+    return width_of(layout.K, 32)
+
+
+PORTABLE = Tier(launch, channels, False)
+
+
 def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: Tensor | None,
          log_decay: Tensor | None, solution: Tensor | None, given: Tensor | None, d_source: Tensor | None,
          d_output: Tensor, entry_states: Tensor, exit_gradients: Tensor, total: Tensor | None,
-         floors: Tensor | None, pairs: Pairs, layout: Layout, chunks: Chunks, scale: float) -> Pulled:  # fmt: skip
+         floors: Tensor | None, pairs: Pairs, layout: Layout, chunks: Chunks, scale: float,
+         tier: Tier) -> Pulled:  # fmt: skip
     """The gradients above, for contiguous arrays."""
     batch, time = query.shape[:2]
     heads, R, L = layout.value_heads, layout.R, layout.L
     strong = layout.decay == VECTOR_DECAY  # may be: what a chunk needs is known on the device alone
-    width = width_of(layout.K, 32)
+    width = tier.width(layout)
     tiles, narrow_tiles = triton.cdiv(layout.K, width), triton.cdiv(layout.K, NARROW)
 
     def vacant(rows: int, own: int) -> Tensor:
@@ -85,10 +116,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
         "num_stages": 1,
     }  # fmt: skip
     if count:
-        # Few waits where a tile holds all values of the usual heads; tiles of 64 were seen to fail on Hopper.
-        values = 128 if query.element_size() == 2 and layout.V > 64 else 32
-        launch = bind(pull_kernel, **constants, BK=width, TILES=tiles, BV=width_of(layout.V, values))
-        launch(count * tiles, *arrays, batch * time, scale)
+        tier.launch(count, arrays, layout, chunks, constants, batch * time, scale)
     if count and strong:
         launch = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32))
         launch(count * narrow_tiles, *arrays, batch * time, scale)
