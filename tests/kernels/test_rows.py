@@ -12,6 +12,7 @@ from tests.cases import MODELS, by_name, gradients, require_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+NEEDS_HOPPER = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 SERVED = {
     "gated_linear_attention", "gated_delta_rule_2", "kimi_delta_attention", "comba", "delta_product-2-none",
     "delta_product-3-scalar", "rwkv7", "low_rank_flow-1-simultaneous-none-decayed",
@@ -71,7 +72,7 @@ def test_sixteen_bits(name, dtype):
     compare(model, Sizes(1, 70, 1, 2, 32, 32, model.rows), dtype)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@NEEDS_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("model", ROWS, ids=by_name)
@@ -84,7 +85,7 @@ def test_hopper(model, packed, dtype):
     compare(model, Sizes(1 if packed else 2, 333, 1, 2, size, size, model.rows), dtype, starts=starts, backend="hopper")
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@NEEDS_HOPPER
 @pytest.mark.parametrize("name", ["kimi_delta_attention", "gated_linear_attention", "rwkv7", "comba"])
 def test_hopper_with_decays_of_every_strength(name):
     model = next(model for model in ROWS if model.name == name)
@@ -111,8 +112,9 @@ def of_three_strengths(decay):
     decay[:, 128:, :, ::2] = -100.0
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("hopper", marks=NEEDS_HOPPER)])
 @pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "gated_linear_attention"])
-def test_every_floor(name, monkeypatch):
+def test_every_floor(name, backend, monkeypatch):
     model = next(model for model in ROWS if model.name == name)
     floors, prepare = [], engine.prepare
 
@@ -121,7 +123,8 @@ def test_every_floor(name, monkeypatch):
         return floors[-1]
 
     monkeypatch.setattr(engine, "prepare", watched)
-    compare(model, Sizes(1, 150, 1, 1, 16, 16, model.rows), torch.bfloat16,
+    size = 64 if backend == "hopper" else 16
+    compare(model, Sizes(1, 150, 1, 1, size, size, model.rows), torch.bfloat16, backend=backend,
             change=lambda inputs: of_three_strengths(inputs["log_decay"]))  # fmt: skip
     assert all(found.floors.tolist() == [64, 16, 1] for found in floors)
 

@@ -11,12 +11,12 @@ import torch
 
 OPERATORS = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": torch.floor_divide, "mod": torch.remainder,
-    "ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt, "eq": torch.eq,
+    "or": torch.logical_or, "ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt, "eq": torch.eq,
 }  # fmt: skip
 
 
 def raw(x):
-    return x.data if isinstance(x, Value) else x
+    return x.data if isinstance(x, Value) else getattr(x, "value", x)  # a constexpr's
 
 
 class Value:
@@ -27,6 +27,7 @@ class Value:
 
     shape = property(lambda self: tuple(self.data.shape))
     dtype = property(lambda self: self.data.dtype)
+    type = types.SimpleNamespace(layout=None)
 
     def to(self, dtype, bitcast=False):
         return Value(self.data.view(dtype) if bitcast else self.data.to(dtype))
@@ -36,6 +37,9 @@ class Value:
 
     def __and__(self, other):
         return Value(self.data & raw(other))
+
+    def __neg__(self):
+        return Value(-self.data)
 
     def __bool__(self):
         return bool(self.data)
@@ -165,7 +169,11 @@ def language(program):
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype)),
         minimum=lambda x, y: Value(torch.minimum(torch.as_tensor(raw(x)), torch.as_tensor(raw(y)))),
-        exp2=lambda x: Value(torch.exp2(x.data)), where=where, load=load, store=store, inline_asm_elementwise=assembly,
+        exp2=lambda x: Value(torch.exp2(x.data)),
+        maximum=lambda x, y: Value(torch.fmax(torch.as_tensor(raw(x)), torch.as_tensor(raw(y)))),
+        max=lambda x, axis: Value(x.data.amax(axis)), num_warps=lambda: 1,
+        zeros_like=lambda x: Value(torch.zeros_like(x.data)),
+        where=where, load=load, store=store, inline_asm_elementwise=assembly,
         associative_scan=lambda x, axis, combine: Value(x.data.cumsum(axis)),
         sum=lambda x, axis: Value(x.data.sum(axis)),
         reshape=lambda x, shape: Value(x.data.reshape(shape)),

@@ -1,4 +1,4 @@
-"""The inverse of I + L, L strictly lower triangular of 64 rows, one warp a matrix.
+"""The inverse of I + L, L strictly lower triangular of 64 rows, one warp a matrix, or one matrix that every warp has.
 
 The four diagonal blocks of 16 are inverted by forward substitution in float32, eight lanes a block and two columns a
 lane, the rows in registers and the entries of L broadcast from shared memory.  Two blocks merge by
@@ -18,40 +18,40 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 
 @gluon.constexpr_function
-def accumulators(heads):
-    """The layout of [heads, 16, 16] blocks in products, a warp a head."""
-    return gl.NVMMADistributedLayout([2, 0], [heads, 1, 1], [1, 16, 8])
+def accumulators(warps):
+    """The layout of [heads, 16, 16] blocks in products, a warp a head; of one head, in every warp."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
 
 
 @gluon.constexpr_function
-def columns_by_lanes(heads):
+def columns_by_lanes(warps):
     """The layout of one row of four blocks, [heads, block, column]: eight lanes a block, two columns a lane."""
-    return gl.BlockedLayout([1, 1, 2], [1, 4, 8], [heads, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, 2], [1, 4, 8], [warps, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
-def warps_along(axis, rank, heads):
-    """The basis of a linear layout that gives each head a warp."""
-    return [[1 if place == axis else 0 for place in range(rank)]] * (heads == 2)
+def warps_along(axis, rank, heads, warps):
+    """The bases of a linear layout that give each of one or two heads a warp, or one head to every warp."""
+    return [[int(place == axis and heads == 2) for place in range(rank)]] * (warps.bit_length() - 1)
 
 
 @gluon.constexpr_function
-def entry_layout(heads):
+def entry_layout(heads, warps):
     """Four adjacent entries of a row of L, [heads, 1, block, 1, entry], each block's to its eight lanes."""
     everyone = [[0, 0, 0, 0, 0]] * 3
     return gl.DistributedLinearLayout(
         [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2]], [*everyone, [0, 0, 1, 0, 0], [0, 0, 2, 0, 0]],
-        warps_along(0, 5, heads), [], [heads, 1, 4, 1, 4],
+        warps_along(0, 5, heads, warps), [], [heads, 1, 4, 1, 4],
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def lone_block(heads):
+def lone_block(heads, warps):
     """A block [1, heads, 16, 16] as `accumulators` hold [heads, 16, 16]."""
     return gl.DistributedLinearLayout(
         [[0, 0, 0, 1], [0, 0, 8, 0], [0, 0, 0, 8]],
         [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]],
-        warps_along(1, 4, heads), [], [1, heads, 16, 16],
+        warps_along(1, 4, heads, warps), [], [1, heads, 16, 16],
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def halves(x):
 @gluon.jit
 def left_operand(x, HEADS: gl.constexpr):
     """X on the left of a product, from accumulators."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulators(HEADS), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulators(gl.num_warps()), 2)
     high, low = halves(x)
     return gl.convert_layout(high, operand), gl.convert_layout(low, operand)
 
@@ -73,7 +73,7 @@ def left_operand(x, HEADS: gl.constexpr):
 @gluon.jit
 def right_transposed(x, HEADS: gl.constexpr):
     """X^T on the right of a product, from the accumulators of X."""
-    operand: gl.constexpr = gl.DotOperandLayout(1, accumulators(HEADS), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(1, accumulators(gl.num_warps()), 2)
     high, low = halves(x)
     high = gl.convert_layout(gl.permute(high, (0, 2, 1)), operand)
     return high, gl.convert_layout(gl.permute(low, (0, 2, 1)), operand)
@@ -109,8 +109,8 @@ def store_diagonal(diagonal, block, index, HEADS: gl.constexpr):
 @gluon.jit
 def four_entries(diagonal, row, quad, HEADS: gl.constexpr):
     """The entries 4 quad .. 4 quad + 3 of one row of every diagonal block, each [HEADS, 4, 1]."""
-    layout: gl.constexpr = gl.SliceLayout(2, columns_by_lanes(HEADS))
-    part = diagonal.slice(row, 1, 1).slice(quad, 1, 3).load(entry_layout(HEADS))
+    layout: gl.constexpr = gl.SliceLayout(2, columns_by_lanes(gl.num_warps()))
+    part = diagonal.slice(row, 1, 1).slice(quad, 1, 3).load(entry_layout(HEADS, gl.num_warps()))
     even, odd = gl.split(gl.reshape(part, [HEADS, 4, 2, 2]))
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
@@ -124,7 +124,7 @@ def four_entries(diagonal, row, quad, HEADS: gl.constexpr):
 @gluon.jit
 def substitute(diagonal, HEADS: gl.constexpr):
     """The inverses of the diagonal blocks, [block, head, row, column] in shared memory: x_i = e_i - sum_j L_ij x_j."""
-    layout: gl.constexpr = columns_by_lanes(HEADS)
+    layout: gl.constexpr = columns_by_lanes(gl.num_warps())
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     rows: gl.tuple = ()
     for i in gl.static_range(16):
@@ -149,8 +149,8 @@ def load_block(solved, index, TRANSPOSED: gl.constexpr, HEADS: gl.constexpr):
     part = solved.slice(index, 1, 0)
     if TRANSPOSED:
         part = part.permute((0, 1, 3, 2))
-    block = gl.reshape(part.load(lone_block(HEADS)), [HEADS, 16, 16])
-    return gl.convert_layout(block, accumulators(HEADS), assert_trivial=True)
+    block = gl.reshape(part.load(lone_block(HEADS, gl.num_warps())), [HEADS, 16, 16])
+    return gl.convert_layout(block, accumulators(gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit
@@ -161,7 +161,7 @@ def invert(diagonal, below, HEADS: gl.constexpr):
     (3, 0), (3, 1), (3, 2).
     """
     solved = substitute(diagonal, HEADS)
-    zero = gl.zeros([HEADS, 16, 16], gl.float32, accumulators(HEADS))
+    zero = gl.zeros([HEADS, 16, 16], gl.float32, accumulators(gl.num_warps()))
     l10, l20, l21, l30, l31, l32 = below
     x0 = load_block(solved, 0, False, HEADS)
     x1 = load_block(solved, 1, False, HEADS)

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
 from parallelflow.kernels.rows.layout import VECTOR_DECAY, Factor, Layout
 from parallelflow.kernels.rows.pairs import pairs
-from parallelflow.kernels.rows.prepare import Prepared, prepare
+from parallelflow.kernels.rows.prepare import Prepared, Whole, prepare, writes_are_given
 from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import PORTABLE, Tier, pull
 from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
@@ -18,14 +18,14 @@ from parallelflow.problem import Inputs, Traits
 class Rows:
     """A problem as the kernels take it: contiguous tensors, and how they lie."""
 
-    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None) -> None:
+    def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> None:
         kept: dict[int, Tensor] = {}
 
         def whole(tensor: Tensor | None) -> Tensor | None:  # the same tensor twice stays the same
             return None if tensor is None else kept.setdefault(id(tensor), tensor.contiguous())
 
         inputs = Inputs(*map(whole, inputs.stacked()))  # type: ignore[arg-type]
-        self.inputs, self.traits = inputs, traits
+        self.inputs, self.traits, self.tier = inputs, traits, tier
         self.layout = layout = Layout.of(inputs, traits)
         batch, time = inputs.query.shape[:2]
         self.chunks: Chunks = (
@@ -48,7 +48,37 @@ class Rows:
 
     def prepare(self) -> Prepared:
         of = self.inputs
-        return prepare(of.query, self.read, of.write, of.lone_write, of.log_decay, self.layout, self.chunks, self.scale)
+        arrays = of.query, self.read, of.write, of.lone_write, of.log_decay
+        return prepare(*arrays, self.layout, self.chunks, self.scale, preparation_of(self.tier, self.layout, *arrays))
+
+    def kept(self, prepared: Prepared) -> list[Tensor]:
+        """What the backward pass needs of it beside the inputs."""
+        if writes_are_given(self.layout, self.inputs.write):
+            prepared = prepared._replace(writes=None)
+        return [tensor for tensor in prepared if tensor is not None]
+
+    def restored(self, kept: list[Tensor]) -> Prepared:
+        """What ``kept`` was made of."""
+        layout, given = self.layout, writes_are_given(self.layout, self.inputs.write)
+        there = {
+            "queries": True, "reads": layout.R > 0, "writes": layout.R > 0 and not given, "lone": layout.L > 0,
+            "inverse": layout.R > 0, "scores": layout.R > 0, "lone_gram": layout.R > 0 and layout.L > 0,
+            "lone_scores": layout.L > 0, "total": layout.decay > 0, "floors": layout.decay == VECTOR_DECAY,
+        }  # fmt: skip
+        tensors = iter(kept)
+        found = Prepared(**{name: next(tensors) if is_there else None for name, is_there in there.items()})  # type: ignore
+        return found._replace(writes=self.inputs.write) if given else found
+
+
+def preparation_of(tier: str, layout: Layout, query: Tensor, read: Factor | None, write: Tensor | None,
+                   lone_write: Tensor | None, log_decay: Tensor | None) -> Whole | None:  # fmt: skip
+    """What prepares all chunks at once, on a tier that has it for these arrays."""
+    if tier == "hopper_rows":
+        from parallelflow.kernels.hopper import rows_gram
+
+        if rows_gram.fits(layout, query, read, write, lone_write, log_decay):
+            return rows_gram.launch
+    return None
 
 
 def scan_of(tier: str, layout: Layout, chunks: Chunks) -> Launch:
@@ -75,19 +105,19 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, t
             need_final_state: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
     made."""
-    rows = Rows(inputs, traits, sequence_starts)
+    rows = Rows(inputs, traits, sequence_starts, tier)
     prepared = rows.prepare()
     scan = scan_of(tier, rows.layout, rows.chunks)
     output, final = forward_scan(scan, prepared, rows.source, rows.given, rows.layout, rows.chunks,
                                  initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
-    return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
+    return output, final, rows.kept(prepared) if keep else []
 
 
 def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0:
     what ``prepare`` made is that of the same tokens with any initial state, and chunks are those of the values."""
     assert inputs.initial_state is not None
-    rows = Rows(inputs, traits, None)
+    rows = Rows(inputs, traits, None, tier)
     layout = replace(rows.layout, V=inputs.initial_state.shape[-1])
     more = layout.V - rows.layout.V
     source = None if rows.source is None else rows.source._replace(vector=pad(rows.source.vector, (0, more)))
@@ -97,15 +127,15 @@ def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tens
     output, final = forward_scan(scan, prepared, source, given, layout, rows.chunks, initial_state=rows.initial,
                                  final_state=True)  # fmt: skip
     assert final is not None
-    return output, final, [tensor for tensor in prepared if tensor is not None] if keep else []
+    return output, final, rows.kept(prepared) if keep else []
 
 
 def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
              d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
     """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
-    rows = Rows(inputs, traits, sequence_starts)
+    rows = Rows(inputs, traits, sequence_starts, tier)
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
-    prepared = rows.prepare() if not saved else _restored(saved, layout)
+    prepared = rows.prepare() if not saved else rows.restored(saved)
     d_output = d_output.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous()
     scan = scan_of(tier, layout, chunks)
@@ -149,14 +179,3 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
         None if gradient is None or given is None else gradient.to(given.dtype).view(given.shape)
         for gradient, given in zip(gradients, inputs, strict=True)
     ))  # type: ignore[arg-type]  # fmt: skip
-
-
-def _restored(saved: list[Tensor], layout: Layout) -> Prepared:
-    """What ``forward`` kept."""
-    there = {
-        "queries": True, "reads": layout.R > 0, "writes": layout.R > 0, "lone": layout.L > 0, "inverse": layout.R > 0,
-        "scores": layout.R > 0, "lone_gram": layout.R > 0 and layout.L > 0, "lone_scores": layout.L > 0,
-        "total": layout.decay > 0, "floors": layout.decay == VECTOR_DECAY,
-    }  # fmt: skip
-    tensors = iter(saved)
-    return Prepared(**{name: next(tensors) if is_there else None for name, is_there in there.items()})  # type: ignore

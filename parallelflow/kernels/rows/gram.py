@@ -163,11 +163,12 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
                 H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
                 FLOOR: tl.constexpr, CENTRED: tl.constexpr, RAW: tl.constexpr, SEQUENTIAL: tl.constexpr,
                 READ_HEADS: tl.constexpr, READ_KIND: tl.constexpr, READ_COEFFICIENT_HEADS: tl.constexpr,
-                READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr, LONE_HEADS: tl.constexpr, PACKED: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                READ_SIGN: tl.constexpr, WRITE_HEADS: tl.constexpr, LONE_HEADS: tl.constexpr, COPY: tl.constexpr,
+                PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Readers, writers, Gram matrices and total of one chunk and value head. Where channels have decays of their own
     the launch for one FLOOR tries it on the chunks that ``floors`` still holds for it or a smaller one, and writes what
-    they turn out to need: the next launch does those over."""
+    they turn out to need: the next launch does those over. COPY: whether writes are stored; without decay they are the
+    input."""
     flat = tl.program_id(0).to(tl.int64)
     if DECAY == 2 and FLOOR != WHOLE_CHUNK:  # noqa: SIM102 - the first condition is settled while compiling
         if tl.load(floors + flat) > FLOOR:
@@ -223,7 +224,8 @@ def gram_kernel(query, read, read_coefficient, write, lone_write, log_decay,
             store_rows(queries, q, first, length, head, column, Q, 1, HV, K)
             if R > 0:
                 store_rows(reads, a, first, length, head, column, N, R, HV, K)
-                store_rows(writes, b, first, length, head, column, N, R, HV, K)
+                if COPY:
+                    store_rows(writes, b, first, length, head, column, N, R, HV, K)
             if L > 0:
                 store_rows(lone, w, first, length, head, column, M, L, HV, K)
     if DECAY == 2 and FLOOR > 1:

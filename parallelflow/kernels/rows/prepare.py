@@ -10,6 +10,7 @@ With a, b, q the chunk's read, write and query rows, l the rows that only write,
 ``gram`` is kept in float32 until it is inverted; everything else is rounded once, to the inputs' dtype.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from parallelflow.kernels.chunks import Chunks
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.prepare import assemble, corner, invert_base, store_block
 from parallelflow.kernels.products import float32_precision
-from parallelflow.kernels.rows.gram import gram_kernel
+from parallelflow.kernels.rows.gram import WHOLE_CHUNK, gram_kernel
 from parallelflow.kernels.rows.layout import (
     NARROW,
     NO_DECAY,
@@ -54,9 +55,14 @@ class Prepared(NamedTuple):
 
 
 @triton.jit
-def inverse_kernel(gram, inverse, N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - G)^-1 of one chunk and value head: inverses of 16 x 16 blocks, merged by pairs."""
+def inverse_kernel(gram, inverse, floors, N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+                   STRONG: tl.constexpr):  # fmt: skip
+    """(I - G)^-1 of one chunk and value head: inverses of 16 x 16 blocks, merged by pairs. STRONG: unless the chunk
+    may be centred as a whole."""
     flat = tl.program_id(0).to(tl.int64)
+    if STRONG:  # noqa: SIM102 - settled while compiling
+        if tl.load(floors + flat) == WHOLE_CHUNK:
+            return
     gram += flat * N * N
     inverse += flat * N * N
     i = tl.arange(0, 16)
@@ -92,9 +98,14 @@ def sizes(layout: Layout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in ("C", "R", "L", "N", "M", "Q")}
 
 
+Whole = Callable[..., None]  # all of it, but for chunks with strong decays: Hopper's launch
+
+
 def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: Tensor | None,
-            log_decay: Tensor | None, layout: Layout, chunks: Chunks, scale: float) -> Prepared:  # fmt: skip
-    """The arrays above, for contiguous inputs."""
+            log_decay: Tensor | None, layout: Layout, chunks: Chunks, scale: float,
+            whole: Whole | None = None) -> Prepared:  # fmt: skip
+    """The arrays above, for contiguous inputs, by the kernels here or, if ``whole``, by that and for strong decays by
+    these. Without decay the writes are the input."""
     batch, time = query.shape[:2]
     rows, pairs, heads = (batch, time), chunks.count * layout.value_heads, layout.value_heads
     R, L, N, M, Q = layout.R, layout.L, layout.N, layout.M, layout.Q
@@ -102,32 +113,50 @@ def prepare(query: Tensor, read: Factor | None, write: Tensor | None, lone_write
     def vacant(*shape: int, there: bool = True, dtype: torch.dtype = query.dtype) -> Tensor | None:
         return query.new_empty(shape, dtype=dtype) if there else None
 
-    queries = query.new_empty(*rows, 1, heads, layout.K)
-    reads, writes = (vacant(*rows, R, heads, layout.K, there=R > 0) for _ in range(2))
-    lone = vacant(*rows, L, heads, layout.K, there=L > 0)
-    gram = vacant(pairs, N, N, there=R > 0, dtype=torch.float32)
-    scores, lone_scores = vacant(pairs, Q, N, there=R > 0), vacant(pairs, Q, M, there=L > 0)
-    lone_gram = vacant(pairs, N, M, there=R > 0 and L > 0)
     channels = (layout.K,) if layout.decay == VECTOR_DECAY else ()
-    total = vacant(pairs, *channels, there=layout.decay != NO_DECAY, dtype=torch.float32)
-    floors = vacant(pairs, there=layout.decay == VECTOR_DECAY, dtype=torch.int32)
+    found = Prepared(
+        queries=query.new_empty(*rows, 1, heads, layout.K),
+        reads=vacant(*rows, R, heads, layout.K, there=R > 0),
+        writes=write if writes_are_given(layout, write) else vacant(*rows, R, heads, layout.K, there=R > 0),
+        lone=vacant(*rows, L, heads, layout.K, there=L > 0),
+        inverse=vacant(pairs, N, N, there=R > 0), scores=vacant(pairs, Q, N, there=R > 0),
+        lone_gram=vacant(pairs, N, M, there=R > 0 and L > 0), lone_scores=vacant(pairs, Q, M, there=L > 0),
+        total=vacant(pairs, *channels, there=layout.decay != NO_DECAY, dtype=torch.float32),
+        floors=vacant(pairs, there=layout.decay == VECTOR_DECAY, dtype=torch.int32),
+    )  # fmt: skip
+    floors = layout.floors if whole is None else layout.floors[1:]
+    if pairs and whole is not None:
+        whole(query, read, write, lone_write, log_decay, found, layout, chunks, scale)
+    if pairs and floors:
+        _prepare_here(query, read, write, lone_write, log_decay, found, floors, layout, chunks, scale)
+    return found
+
+
+def writes_are_given(layout: Layout, write: Tensor | None) -> bool:
+    """Whether what is written needs no array of its own."""
+    return layout.decay == NO_DECAY and write is not None and heads_of(write) == layout.value_heads
+
+
+def _prepare_here(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: Tensor | None,
+                  log_decay: Tensor | None, found: Prepared, floors: tuple[int, ...], layout: Layout, chunks: Chunks,
+                  scale: float) -> None:  # fmt: skip
+    """By the kernels here, for chunks that need one of ``floors``."""
+    pairs, heads, N = chunks.count * layout.value_heads, layout.value_heads, layout.N
     precision, full = float32_precision(query.device), query.element_size() > 2
     width = width_of(layout.K, 32 if full else 64)
-    for floor in layout.floors if pairs else ():
+    gram = query.new_empty(pairs, N, N, dtype=torch.float32) if layout.R else None
+    vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
+    for floor in floors:
         launch = bind(
             gram_kernel, **sizes(layout), LEVELS=layout.levels, H=layout.heads, HV=heads, K=layout.K,
             BK=width if floor == WHOLE else NARROW, DECAY=layout.decay, FLOOR=floor, CENTRED=centred(query.dtype),
             RAW=layout.raw, SEQUENTIAL=layout.sequential, **of_factor("READ", read), WRITE_HEADS=heads_of(write),
-            LONE_HEADS=heads_of(lone_write), PACKED=chunks.packed, PRECISION=precision, num_warps=4,
-            num_stages=1)  # fmt: skip
-        vector, coefficient = (None, None) if read is None else (read.vector, read.coefficient)
-        launch(pairs, query, vector, coefficient, write, lone_write, log_decay, queries, reads, writes, lone, gram,
-               scores, lone_gram, lone_scores, total, floors, chunks.table, chunks.time, chunks.per_sequence,
-               scale)  # fmt: skip
-    inverse = None
+            LONE_HEADS=heads_of(lone_write), COPY=not writes_are_given(layout, write), PACKED=chunks.packed,
+            PRECISION=precision, num_warps=4, num_stages=1)  # fmt: skip
+        launch(pairs, query, vector, coefficient, write, lone_write, log_decay, found.queries,
+               found.reads, found.writes, found.lone, gram, found.scores, found.lone_gram, found.lone_scores,
+               found.total, found.floors, chunks.table, chunks.time, chunks.per_sequence, scale)  # fmt: skip
     if gram is not None:
-        inverse = torch.empty_like(gram, dtype=query.dtype)
-        if pairs:
-            bind(inverse_kernel, N=N, SPLIT=not full, PRECISION=precision, num_warps=1, num_stages=1)(
-                pairs, gram, inverse)  # fmt: skip
-    return Prepared(queries, reads, writes, lone, inverse, scores, lone_gram, lone_scores, total, floors)
+        launch = bind(inverse_kernel, N=N, SPLIT=not full, PRECISION=precision, STRONG=WHOLE not in floors, num_warps=1,
+                      num_stages=1)  # fmt: skip
+        launch(pairs, gram, found.inverse, found.floors)
