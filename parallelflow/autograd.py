@@ -7,7 +7,9 @@ differentiating the plain forward pass twice. Compiled: a registered operator wi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +17,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallelflow import recurrence, torch_backend
-from parallelflow.kernels.watch import Applied, tell
-from parallelflow.problem import Inputs, Traits, sizes_of
+from parallelflow.checks import Memory, fingerprint
+from parallelflow.kernels.watch import Applied, Launched, tell
+from parallelflow.problem import TIES, Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan, carry_count
 
 SLOTS = len(Inputs._fields)
-_SLOT = {name: slot for slot, name in enumerate(Inputs._fields)}
-TIES = (_SLOT["write"], _SLOT["read"]), (_SLOT["value_coefficient"], _SLOT["read_coefficient"])
 
 
 class Setting(NamedTuple):
     """All that is not a differentiable tensor; ``backend`` is ``torch``, or a tier of the kernels.
 
     ``ties`` tells for each slot of the inputs the first slot that holds the same tensor. Only that one is passed
-    through autograd, which would otherwise add a tied tensor's gradients itself, zeros included.
+    through autograd, which would otherwise add a tied tensor's gradients itself, zeros included. ``decided`` is where
+    kernels keep what follows from the tensors' kind alone; a setting that has it is for tensors of one kind.
+    ``passed`` are the slots of the tensors that are passed in eager mode.
     """
 
     traits: Traits
@@ -38,6 +41,8 @@ class Setting(NamedTuple):
     ties: tuple[int, ...] = tuple(range(SLOTS))
     batch_invariant: bool = True
     final: bool = True
+    decided: dict[Any, Any] | None = None
+    passed: tuple[int, ...] = ()
 
     def forward(
         self, untied: Inputs, keep: bool, unrounded: bool = False
@@ -47,6 +52,12 @@ class Setting(NamedTuple):
 
         ``unrounded``: the output as it was summed, where it is rounded last (on a GPU it is rounded all the same).
         """
+        again = None if unrounded else self._again(("forward", keep, self.final), untied)
+        if again is not None:
+            (output, final), saved = again
+            if not keep and self.sequence_starts is None:
+                tell(lambda: self._launched(untied, output, final))
+            return output, final, saved
         inputs = self.tied(untied)
         if self.backend == "torch":
             output, final, carries = self.plain(inputs, unrounded)
@@ -54,8 +65,9 @@ class Setting(NamedTuple):
         from parallelflow.kernels import backend
 
         return backend.forward(
-            inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant, self.final, unrounded
-        )
+            inputs, self.traits, self.sequence_starts, self.backend, keep, self.batch_invariant, self.final, unrounded,
+            self.decided,
+        )  # fmt: skip
 
     def plain(self, inputs: Inputs, unrounded: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The torch backend's forward pass."""
@@ -63,13 +75,17 @@ class Setting(NamedTuple):
 
     def backward(self, untied: Inputs, saved: list[Tensor], d_output: Tensor, d_final: Tensor | None) -> Inputs:
         """Gradients of all that is passed through autograd; ``d_final`` None is zero."""
+        again = self._again(("backward", len(saved), d_final is None), untied, *saved, d_output, d_final)
+        if again is not None and self.decided is not None:
+            return Inputs(*self.decided["to slots"]((*again[0], None)))
         inputs = self.tied(untied)
         if self.backend != "torch":
             from parallelflow.kernels import backend
 
             gradients = backend.backward(
-                inputs, self.traits, self.sequence_starts, self.backend, saved, d_output, d_final, self.batch_invariant
-            )
+                inputs, self.traits, self.sequence_starts, self.backend, saved, d_output, d_final, self.batch_invariant,
+                self.decided,
+            )  # fmt: skip
         else:
             stacked = inputs.stacked()
             if d_final is None:
@@ -84,9 +100,38 @@ class Setting(NamedTuple):
                 folded[slot] = gradient if before is None else before + gradient
         return Inputs(*folded)  # type: ignore[arg-type]
 
+    def _again(self, name: tuple, untied: Inputs, *more: Tensor | None) -> Any:
+        """What a pass of that name makes, where kernels have decided how (``kernels.plan.Pass``) and tensors lie as
+        they did; else None. ``slots`` are those of the tensors it is given and of the gradients it makes; of two that
+        are tied the one that is not passed through autograd has both."""
+        decided = self.decided
+        if decided is None or name not in decided or "slots" not in decided:
+            return None
+        if "of slots" not in decided:
+            given, made = decided["slots"]
+            decided["of slots"] = itemgetter(*[self.ties[slot] for slot in given])
+            order = {slot: place for place, slot in enumerate(made) if self.ties[slot] == slot}
+            order |= {self.ties[slot]: place for place, slot in enumerate(made) if self.ties[slot] != slot}
+            decided["to slots"] = itemgetter(*[order.get(slot, len(made)) for slot in range(SLOTS)])
+        tensors = (*decided["of slots"](untied), *more)
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_contiguous():
+                return None
+        return decided[name].again(tensors)
+
+    def _launched(self, untied: Inputs, output: Tensor, final: Tensor | None) -> Launched:
+        assert self.decided is not None
+        tensors = self.decided["of slots"](untied)
+        settle = self.decided["forward", False, self.final].settle
+        return Launched((*tensors, output, final), len(tensors), len(tensors) + 1, False, settle)
+
     def tied(self, untied: Inputs) -> Inputs:
         """The inputs with every slot filled."""
         return Inputs(*[untied[slot] for slot in self.ties])  # type: ignore[arg-type]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Inputs:
+        """The inputs with each tensor once, of those that are passed."""
+        return Inputs(*_filling(self.passed)((*tensors, None)))
 
     def untied(self, inputs: Inputs) -> list[Tensor | None]:
         """The inputs with each tensor once."""
@@ -105,6 +150,30 @@ class Setting(NamedTuple):
         _, value_heads, key_dim, value_dim, _ = sizes_of(inputs)
         starts = self.sequence_starts
         return inputs.query.shape[0] if starts is None else len(starts) - 1, value_heads, key_dim, value_dim
+
+
+@cache
+def _filling(passed: tuple[int, ...]) -> Callable[[tuple], tuple]:
+    """Of the tensors passed, and None, what stands in each slot."""
+    return itemgetter(*[passed.index(slot) if slot in passed else len(passed) for slot in range(SLOTS)])
+
+
+@cache
+def _picking(passed: tuple[int, ...]) -> Callable[[Sequence], tuple]:
+    """What stands in the slots passed: always several, a query and a row."""
+    return itemgetter(*passed)
+
+
+def _pulled(
+    ctx: Any, saved: Sequence[Tensor], inputs: Inputs, d_output: Tensor | None, d_final: Tensor | None
+) -> Sequence[Tensor | None]:
+    """Gradients of the inputs, by slots."""
+    if d_output is None:  # only the final state was used
+        d_output = inputs.query.new_zeros(ctx.output_shape)
+    if nothing_to_record([d_output, d_final, *inputs]):
+        return ctx.setting.backward(inputs, list(saved), d_output, d_final)
+    gradients = iter(_FlowBackward.apply(ctx.setting, len(saved), *saved, d_output, d_final, *inputs))
+    return [None if tensor is None else next(gradients) for tensor in inputs]
 
 
 class _Flow(torch.autograd.Function):
@@ -127,14 +196,7 @@ class _Flow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Tensor) -> tuple:
         count, kept = ctx.saved_count, ctx.saved_tensors  # unpacked once: checkpointing allows no second time
-        saved, inputs = kept[:count], kept[count:]
-        if d_output is None:  # only the final state was used
-            d_output = inputs[0].new_zeros(ctx.output_shape)
-        if nothing_to_record([d_output, d_final, *inputs]):
-            return None, *ctx.setting.backward(Inputs(*inputs), list(saved), d_output, d_final)
-        found = _FlowBackward.apply(ctx.setting, count, *saved, d_output, d_final, *inputs)
-        gradients = iter(found)
-        return None, *(None if tensor is None else next(gradients) for tensor in inputs)
+        return None, *_pulled(ctx, kept[:count], Inputs(*kept[count:]), d_output, d_final)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -144,6 +206,7 @@ class _Flow(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, setting: Setting, *inputs: Tensor | None) -> tuple[tuple, tuple]:
+        setting = setting._replace(decided=None)  # tensors of a larger batch are of another kind
         if setting.sequence_starts is not None:
             results = [_Flow.apply(setting, *_pick(inputs, in_dims[1:], n)) for n in range(info.batch_size)]
             stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
@@ -154,18 +217,23 @@ class _Flow(torch.autograd.Function):
 
 
 class _EagerFlow(torch.autograd.Function):
-    """``(setting, *inputs) -> (output, final_state)``: the same where no function transform watches, which spares
-    autograd a third of its time on the host (signatures bound, what is saved wrapped as outputs)."""
+    """``(setting, *tensors) -> (output, final_state)``: the same where no function transform watches, and of the
+    inputs' slots only those that are passed (``Setting.passed``). That spares autograd a third of its time on the host
+    (signatures bound, what is saved wrapped as outputs, and what it does for every argument)."""
 
     @staticmethod
-    def forward(ctx: Any, setting: Setting, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        output, final, saved = setting.forward(Inputs(*inputs), keep=True)  # type: ignore[arg-type]
+    def forward(ctx: Any, setting: Setting, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, final, saved = setting.forward(setting.filled(tensors), keep=True)
         ctx.setting, ctx.saved_count, ctx.output_shape = setting, len(saved), output.shape
-        ctx.save_for_backward(*saved, *inputs)
+        ctx.save_for_backward(*saved, *tensors)
         ctx.set_materialize_grads(False)
         return output, final
 
-    backward = staticmethod(_Flow.backward)
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple:
+        count, kept = ctx.saved_count, ctx.saved_tensors
+        found = _pulled(ctx, kept[:count], ctx.setting.filled(kept[count:]), d_output, d_final)
+        return None, *_picking(ctx.setting.passed)(found)
 
 
 class _FlowBackward(torch.autograd.Function):
@@ -215,6 +283,7 @@ class _FlowBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, setting: Setting, count: int, *tensors: Tensor | None) -> tuple[tuple, tuple]:
         dims = in_dims[2:]
+        setting = setting._replace(decided=None)
         if setting.sequence_starts is not None:
             every = [_FlowBackward.apply(setting, count, *_pick(tensors, dims, n)) for n in range(info.batch_size)]
             stacked = tuple(torch.stack(parts) for parts in zip(*every, strict=True))
@@ -286,6 +355,21 @@ class Code(NamedTuple):
         return Setting(traits, plan, starts, backend, tuple(self.ties), bool(batch_invariant))
 
 
+_DECIDED: Memory[dict[Any, Any]] = Memory()
+
+
+def _of_one_kind(setting: Setting, inputs: Inputs) -> Setting:
+    """The setting, with what is known of such tensors."""
+    starts = setting.sequence_starts
+    known = setting._replace(sequence_starts=None if starts is None else tuple(starts))  # type: ignore[arg-type]
+    key = (known, *fingerprint(*inputs))
+    decided = _DECIDED.recall(key)
+    if decided is None:
+        decided = {}
+        _DECIDED.keep(key, decided)
+    return setting._replace(decided=decided)
+
+
 TENSORS = ", ".join(("Tensor query", *(f"Tensor? {name}" for name in Inputs._fields[1:])))
 CODE = "SymInt[] flags, SymInt[] positions, SymInt[] lone_positions, SymInt[] ties, float? scale, str names"
 """``Inputs`` and ``Code`` in the language of operators' schemas."""
@@ -298,7 +382,7 @@ CODE = "SymInt[] flags, SymInt[] positions, SymInt[] lone_positions, SymInt[] ti
 )
 def _integrate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, cu_seqlens = Inputs(*arguments[:SLOTS]), arguments[SLOTS]
-    setting = Code(*arguments[SLOTS + 1 :]).setting(cu_seqlens)
+    setting = _of_one_kind(Code(*arguments[SLOTS + 1 :]).setting(cu_seqlens), inputs)
     output, final, carries = setting.forward(inputs, keep=setting.backend == "torch")
     assert final is not None
     if setting.backend != "torch":  # the kernels make theirs again
@@ -346,7 +430,8 @@ def _integrate_backward(
         filled[slot] = tensor
     full = Inputs(*filled)  # type: ignore[arg-type]
     kept = list(saved.unbind(0)) if saved.numel() else []
-    gradients = Code(*code).setting(cu_seqlens).backward(full, kept, d_output, d_final)
+    setting = _of_one_kind(Code(*code).setting(cu_seqlens), full)
+    gradients = setting.backward(full, kept, d_output, d_final)
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
@@ -383,10 +468,13 @@ def run(
     backend: str,
     batch_invariant: bool = True,
     final_state: bool = True,
+    decided: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and final states, differentiable; None may stand for states that are not asked for."""
-    need = final_state or torch.compiler.is_compiling() or transformed()
-    setting = Setting(traits, plan, sequence_starts, backend, batch_invariant=batch_invariant, final=need)
+    """Output and final states, differentiable; None may stand for states that are not asked for. ``decided``, of
+    tensors of one kind: see ``Setting``."""
+    unlike = torch.compiler.is_compiling() or transformed()
+    setting = Setting(traits, plan, sequence_starts, backend, batch_invariant=batch_invariant,
+                      final=final_state or unlike, decided=None if unlike else decided)  # fmt: skip
     setting = setting.with_ties(inputs)
     untied = setting.untied(inputs)
     if torch.compiler.is_compiling():
@@ -396,8 +484,10 @@ def run(
     elif transformed():
         output, final, *_ = _Flow.apply(setting, *untied)
     else:
-        output, final = _EagerFlow.apply(setting, *untied)
-        tell(lambda: Applied(_EagerFlow, setting, untied, output, final))
+        setting = setting._replace(passed=tuple([slot for slot in range(SLOTS) if untied[slot] is not None]))
+        tensors = [untied[slot] for slot in setting.passed]
+        output, final = _EagerFlow.apply(setting, *tensors)
+        tell(lambda: Applied(_EagerFlow, setting, tensors, output, final))
     return output, final
 
 

@@ -25,6 +25,7 @@ from parallelflow.serving import advance as advance_short
 from parallelflow.solvers import SOLVERS, cuda
 from parallelflow.torch_backend import Plan
 
+MOST_BOUNDARIES = 64  # sets of packed sequences' boundaries of which what kernels decide is kept
 BACKENDS = ("auto", "torch", "cuda", "cpu", "triton", "hopper")
 
 
@@ -203,17 +204,30 @@ def integrate(
     if (choice, "tier") not in decided:
         decided[choice, "tier"] = _choose(backend, inputs, traits, plan)
     tier = decided[choice, "tier"]
+    of_one_kind = None
+    if not torch.compiler.is_compiling():
+        of_one_kind = _of_one_kind(decided, (choice, batch_invariant, store.indices is None), starts)
 
     def engine(inputs: Inputs, final_state: bool = True) -> tuple[Tensor, Tensor | None]:
         if query.shape[1] == 1 and cu_seqlens is None and backend in ("auto", "torch"):
             return advance(inputs, traits, tier)
-        return run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, final_state)
+        return run(inputs, traits, plan, starts, cu_seqlens, tier, batch_invariant, final_state, of_one_kind)
 
     if store.plain():
         output, final = engine(inputs, return_final_state)
     else:
         output, final = through(engine, inputs, store, cu_seqlens)
     return Result(output, final if return_final_state else None)
+
+
+def _of_one_kind(decided: dict[Any, Any], choice: tuple, starts: list[int] | None) -> dict[Any, Any]:
+    """What is decided for tensors of one kind and a choice: with the same boundaries of packed sequences, of which the
+    last few are known."""
+    every = decided.setdefault(("boundaries", choice), {})
+    key = None if starts is None else tuple(starts)
+    if key not in every and len(every) >= MOST_BOUNDARIES:
+        del every[next(iter(every))]
+    return every.setdefault(key, {})
 
 
 def _choose_short(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> bool:

@@ -66,6 +66,11 @@ class Inputs(NamedTuple):
         return self.each(like.single(), lambda tensor: tensor.squeeze(2))
 
 
+_SLOT = {name: slot for slot, name in enumerate(Inputs._fields)}
+TIES = (_SLOT["write"], _SLOT["read"]), (_SLOT["value_coefficient"], _SLOT["read_coefficient"])
+"""Slots that may hold the same tensor, by whose identity it is a tie."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a driver is, apart from its sizes: what a kernel is compiled for.

@@ -1,6 +1,8 @@
 """What is told of benchmarks is what their results say."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -334,3 +336,15 @@ turns.work(rows)
     assert order.read_text().split() == ["ready", "ready", "one", "one", "two", "two"]
     assert "no row: broken: it broke" in capsys.readouterr().out
     assert "what a library prints" in (tmp_path / "one.log").read_text()
+
+
+def test_the_hosts_share_is_measured_without_a_gpu():
+    """Launches go nowhere, and a call that goes all the way each time would take five times as long."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.host", "--op", "kimi_delta_attention", "--time", "64", "--heads", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    out = subprocess.run(command, env=environment, cwd=report.ROOT, capture_output=True, text=True, check=True).stdout
+    taken = {line[:20].strip(): float(line.split("host")[1].split()[0]) for line in out.splitlines()[1:]}
+    assert set(taken) == {"forward", "forward, recorded", "both", "nothing"}
+    assert 0 < taken["both"] < 6 * taken["nothing"]

@@ -23,6 +23,9 @@ from parallelflow.problem import Inputs, Traits, sizes_of
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 512
 MOST_ROWS = flow.MOST_ROWS  # a token
+TIED = ("query", "write", "value", "value_coefficient", "log_decay", "initial_state")
+WRITING = ("query", "lone_write", "lone_value", "lone_coefficient", "log_decay", "initial_state")
+"""What the delta rule's kernels are given, in their order."""
 ROWS_OF = {"triton": "rows", "hopper": "hopper_rows"}
 
 
@@ -162,16 +165,20 @@ def forward(
     batch_invariant: bool = True,
     need_final_state: bool = True,
     unrounded: bool = False,
+    decided: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Output, final states (if needed) and, if ``keep``, what the backward pass needs not compute again; ``tier`` as
-    of ``kernels_of``. ``unrounded``: the output in float32, on a CPU."""
+    of ``kernels_of``. ``unrounded``: the output in float32, on a CPU. ``decided``: see ``autograd.Setting``."""
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep, unrounded)
     if tier in ROWS_OF.values():
-        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, tier, keep, need_final_state)
+        return _kernels("rows.passes").forward(inputs, traits, sequence_starts, tier, keep, need_final_state, decided)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
+    if decided is not None and inputs.single():  # what has an R axis has results of another shape
+        slots = [Inputs._fields.index(name) for name in (TIED if traits.positions else WRITING)]
+        decided["slots"] = slots, slots
     return _kernels("delta").forward(
-        *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
+        *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep, decided=decided
     )
 
 
@@ -228,15 +235,17 @@ def backward(
     d_output: Tensor,
     d_final: Tensor | None,
     batch_invariant: bool = True,
+    decided: dict[Any, Any] | None = None,
 ) -> Inputs:
     """Gradients of all inputs, each in its dtype; what is tied stands in two slots, of which one has it all."""
     if tier == "cpu":
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     if tier in ROWS_OF.values():
-        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final)
+        rows = _kernels("rows.passes")
+        return rows.backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final, decided)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels("delta").backward(
-        *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
+        *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options, decided=decided
     )
     d_query, d_key, d_value, d_coefficient, d_log_decay, d_initial = found
     gradients = Inputs(d_query, log_decay=d_log_decay, initial_state=d_initial)

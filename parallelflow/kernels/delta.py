@@ -12,9 +12,7 @@ Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated d
 `gradient`.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +21,11 @@ from torch import Tensor
 from .arena import Arena
 from .compose import entry_states, exit_gradients
 from .gradient import Gradients
+from .plan import Passed
 from .prepare import Prepared
 from .schedule import Group, Kept, Schedule, Scratch, chunks_of
 from .streams import aside, rejoin
-from .watch import Again, Launched, tell
+from .watch import Launched, tell
 
 LARGEST_HEAD = 512
 
@@ -47,35 +46,24 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
             scale: float, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
             cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
             need_final_state: bool = False, save_for_backward: bool = False, tier: str = "triton",
-            batch_invariant: bool = True) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+            batch_invariant: bool = True, decided: dict[Any, Any] | None = None,
+            ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output [B, T, HV, V], final state [N, HV, K, V] in float32 or None, and what the backward keeps.
 
     query, key [B, T, H, K], value [B, T, HV, V] of one dtype (bfloat16, float16 or float32), HV a multiple of H;
     beta, log_decay [B, T, HV] of any floating dtype (beta may be None if not tied; log_decay None means no decay);
     initial_state [N, HV, K, V] in float32; cu_seqlens [N + 1] on the device, or sequence_starts, the same
     numbers on the host, with B = 1.  Head sizes up to 512.  The same bits for a sequence whatever else is in the batch
-    if batch_invariant.
+    if batch_invariant.  decided: see schedule_of.
     """
     given = Arguments(*contiguous(query, key, value, beta, log_decay, initial_state))
-    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
-    output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
-    workspace = _forward(schedule, given, output, final, scale, save_for_backward)
-    if sequence_starts is None and cu_seqlens is None and not save_for_backward:
-        tell(
-            lambda: Launched(
-                (*given, output, final), len(given), len(given) + 1, False, _settle(schedule, given, scale)
-            )
-        )
-    return output, final, [workspace] if save_for_backward else []
+    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host, decided)
+    one = schedule.one("forward", save_for_backward, need_final_state, scale)
 
-
-def _forward(schedule: Schedule, given: Arguments, output: Tensor, final: Tensor | None, scale: float,
-             save_for_backward: bool) -> Tensor:  # fmt: skip
-    """Fills output and final state; returns the workspace."""
-    size = schedule.kept_bytes if save_for_backward else schedule.passing_bytes
-    workspace = schedule.workspace(size, output.device)
-
-    def launch() -> None:
+    def compute() -> Passed:
+        output, final = torch.empty_like(given.value), _state(schedule, given) if need_final_state else None
+        size = schedule.kept_bytes if save_for_backward else schedule.passing_bytes
+        workspace = schedule.workspace(size, output.device)
         kept = schedule.kept(Arena(workspace), halting=save_for_backward)
         state = _enter(schedule, given, kept, scale)
         cut = schedule.segments
@@ -83,31 +71,15 @@ def _forward(schedule: Schedule, given: Arguments, output: Tensor, final: Tensor
             *given[:3], kept.prepared, schedule.layout, scale=scale, initial_state=state, output=output,
             final_state=final, ended=None if cut is None else cut.ended,
             halts=kept.halts, halt=schedule.halt)  # fmt: skip
+        return (output, final), [workspace] if save_for_backward else []
 
-    remembered = schedule.forward if save_for_backward else schedule.passing
-    remembered.run((*given, output, final, workspace), launch, scale)
-    return workspace
-
-
-def _settle(schedule: Schedule, given: Arguments, scale: float) -> Callable[[tuple[int, ...], bool], Again]:
-    """See ``Launched``."""
-    aligned = _are_aligned(given)
-
-    def settle(places: tuple[int, ...], checking: bool) -> Again:
-        absent = max(places) + 1
-        order = itemgetter(*[absent if place < 0 else place for place in places])
-
-        def again(tensors: tuple[Tensor, ...]) -> bool:
-            *own, output, final = order((*tensors, None))
-            given = Arguments(*own)
-            if _are_aligned(given) != aligned:
-                return False
-            _forward(schedule, given, output, final, scale, False)
-            return True
-
-        return again
-
-    return settle
+    (output, final), kept = one.run(given, compute)
+    assert output is not None
+    if decided is not None:
+        decided["forward", save_for_backward, need_final_state] = one
+        if sequence_starts is None and not save_for_backward:
+            tell(lambda: Launched((*given, output, final), len(given), len(given) + 1, False, one.settle))
+    return output, final, kept
 
 
 def _are_aligned(given: Arguments) -> bool:
@@ -119,7 +91,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
              saved: list[Tensor], d_output: Tensor, d_final_state: Tensor | None, *, tied: bool, scale: float,
              initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
              cu_seqlens_host: Tensor | None = None, sequence_starts: tuple[int, ...] | None = None,
-             tier: str = "triton", batch_invariant: bool = True,
+             tier: str = "triton", batch_invariant: bool = True, decided: dict[Any, Any] | None = None,
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of query, key, value, beta, log_decay and initial_state (None where the input is None).
 
@@ -127,25 +99,26 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
     """
     given = Arguments(*contiguous(query, key, value, beta, log_decay, initial_state))
     d_output, d_final_state = contiguous(d_output, d_final_state)
-    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host)
-    device = given.value.device
-    kept_space = saved[0] if saved else schedule.workspace(schedule.kept_bytes, device)
-    scratch_space = schedule.workspace(schedule.scratch_bytes, device)
-    found = Arguments(*[None if tensor is None else torch.empty_like(tensor) for tensor in given])  # type: ignore[arg-type]
+    schedule = schedule_of(given, tied, tier, batch_invariant, sequence_starts, cu_seqlens, cu_seqlens_host, decided)
+    one = schedule.one("backward", bool(saved), d_final_state is None, scale)
 
-    def launch() -> None:
-        kept = schedule.kept(Arena(kept_space))
+    def compute() -> Passed:
+        device = given.value.device
+        kept = schedule.kept(Arena(saved[0] if saved else schedule.workspace(schedule.kept_bytes, device)))
+        scratch = schedule.scratch(Arena(schedule.workspace(schedule.scratch_bytes, device)))
+        found = Arguments(*[None if tensor is None else torch.empty_like(tensor) for tensor in given])  # type: ignore[arg-type]
         if not saved:
             state = _enter(schedule, given, kept, scale)
             if kept.halts is not None:
                 schedule.scans.halting_scan(given.key, given.value, kept.prepared, schedule.chunks,
                                             initial_state=state, halts=kept.halts, halt=schedule.halt)  # fmt: skip
-        scratch = schedule.scratch(Arena(scratch_space))
         _reverse(schedule, given, kept, scratch, d_output, d_final_state, found, scale)
+        return found, []
 
-    remembered = schedule.backward if saved else schedule.backward_alone
-    remembered.run((*given, d_output, d_final_state, kept_space, scratch_space, *found), launch, scale)
-    return found
+    found, _ = one.run((*given, *saved, d_output, d_final_state), compute)
+    if decided is not None:
+        decided["backward", len(saved), d_final_state is None] = one
+    return tuple(found)  # type: ignore[return-value]
 
 
 def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Tensor | None:
@@ -222,31 +195,38 @@ LARGEST_MEMORY = 256  # problems
 
 
 def schedule_of(given: Arguments, tied: bool, tier: str, batch_invariant: bool, starts: tuple[int, ...] | None,
-              cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None) -> Schedule:  # fmt: skip
-    """What is known of problems like this one.  Those whose boundaries only the device knows are all unlike."""
+                cu_seqlens: Tensor | None, cu_seqlens_host: Tensor | None,
+                decided: dict[Any, Any] | None = None) -> Schedule:  # fmt: skip
+    """What is known of problems like this one.  Those whose boundaries only the device knows are all unlike.
+    decided is a dictionary for problems of one kind, whose schedule depends on addresses' alignment alone."""
     query, key, value, beta, log_decay, initial_state = given
+    aligned = _are_aligned(given)
+    known = None if decided is None else decided.get((Schedule, aligned))
+    if known is not None:
+        return known
     mark = None
     if cu_seqlens is None:
         mark = (
-            query.shape, value.shape, query.dtype, query.device, _are_aligned(given), tied, tier, batch_invariant,
+            query.shape, value.shape, query.dtype, query.device, aligned, tied, tier, batch_invariant,
             starts, None if beta is None else beta.dtype, None if log_decay is None else log_decay.dtype,
             initial_state is None, key.shape, key.dtype, value.dtype,
         )  # fmt: skip
         known = _SCHEDULES.get(mark)
-        if known is not None:
-            return known
-    _check(query, key, value, beta, log_decay, tied, initial_state)
-    chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, starts)
-    schedule = Schedule(query, key, value, chunks, tied, tier, batch_invariant, starts)
-    if mark is not None:
-        if len(_SCHEDULES) >= LARGEST_MEMORY:
-            _SCHEDULES.clear()
-        _SCHEDULES[mark] = schedule
-    return schedule
+    if known is None:
+        _check(query, key, value, beta, log_decay, tied, initial_state)
+        chunks = chunks_of(query, value, cu_seqlens, cu_seqlens_host, starts)
+        known = Schedule(query, key, value, chunks, tied, tier, batch_invariant, starts)
+        if mark is not None:
+            if len(_SCHEDULES) >= LARGEST_MEMORY:
+                _SCHEDULES.clear()
+            _SCHEDULES[mark] = known
+    if decided is not None:
+        decided[Schedule, aligned] = known
+    return known
 
 
 def contiguous(*tensors: Tensor | None) -> Any:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
 
 def _state(schedule: Schedule, given: Arguments) -> Tensor:

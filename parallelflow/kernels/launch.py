@@ -8,19 +8,18 @@ launch in Triton's interpreter and with a Triton whose entry point is not the on
 """
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from itertools import chain
 from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-ALIGNMENT = 16  # bytes: what Triton assumes of an address, or compiles another kernel
+from .recording import ALIGNMENT, Device, recording
+
 LARGEST_NUMBER = 2**31 - 1  # beyond, Triton compiles a kernel for 64 bits
 KNOWN_ENTRY = "iiiKKppOOOOOO"  # grid, stream, function, two flags, two scratch buffers, metadata, two hooks
 
@@ -76,20 +75,18 @@ class Settled(NamedTuple):
 
     start: Callable[..., None]
     programs: int
-    device: int
+    device: Device
     rest: tuple
     order: Callable[[tuple], tuple]
-    current_device: Callable[[], int]
-    current_stream: Callable[[int], int]
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> bool:
         """Launches on the current stream; False, and nothing done, if an address is not aligned or another device is
         the current one."""
-        start, programs, device, rest, order, current_device, current_stream = self
+        start, programs, (number, current, current_stream), rest, order = self
         addresses = tuple(map(_address, tensors))
-        if reduce(or_, addresses) % ALIGNMENT or current_device() != device:
+        if reduce(or_, addresses) % ALIGNMENT or current() != number:
             return False
-        start(programs, 1, 1, current_stream(device), *order(addresses + rest))
+        start(programs, 1, 1, current_stream(number), *order(addresses + rest))
         return True
 
 
@@ -108,7 +105,7 @@ class Bound:
         if pattern is None:
             if not isinstance(self.kernel, JITFunction):  # the interpreter's
                 self.kernel[(programs,)](*arguments, **self.constants)
-                _recording.complete = False
+                recording.incomplete()
                 return
             pattern = self.patterns[types] = Pattern(self.kernel, arguments)
         tensors, count = pattern.tensors(arguments), pattern.descriptors
@@ -119,7 +116,7 @@ class Bound:
         compiled = pattern.compiled.get(key) if usual else None
         if compiled is None:
             found = self.kernel[(programs,)](*arguments, **self.constants)
-            _recording.complete = False
+            recording.incomplete()
             if usual:
                 pattern.compiled[key] = _entry_point(found, self.kernel, self.constants, arguments)
             return
@@ -134,8 +131,10 @@ class Bound:
         stream = driver.active.get_current_stream(device)
         handed = (*compiled.before, *values, *compiled.after)
         compiled.start(programs, 1, 1, stream, *handed)
-        if _recording.steps is not None:
-            _recording.steps.append((compiled.start, programs, handed))
+        if recording.recorder is not None:
+            at, encoded = _positions(compiled, pattern, arguments)
+            whose = list(zip(at, tensors, strict=False))  # the last one is there for the itemgetter
+            recording.recorder.launched(compiled.start, programs, handed, whose, encoded)
 
     def settled(
         self, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, places: tuple[int, ...]
@@ -147,8 +146,8 @@ class Bound:
         pattern = self.patterns.get(tuple(map(type, arguments)))
         if pattern is None or max(pattern.integers(arguments)) > LARGEST_NUMBER:
             return None
-        device = driver.active.get_current_device()
-        compiled = pattern.compiled.get(pattern.key(device, pattern.tensors(arguments), arguments))
+        device = Device.now()
+        compiled = pattern.compiled.get(pattern.key(device.number, pattern.tensors(arguments), arguments))
         if compiled is None or pattern.descriptors:
             return None
         rest = (None, *compiled.before, *numbers, *compiled.after)
@@ -157,67 +156,18 @@ class Bound:
         after = before + len(compiled.before)
         order = (*range(before, after), *[absent if place < 0 else place for place in places],
                  *range(after, given + len(rest)))  # fmt: skip
-        # On a GPU PyTorch's own function: what Triton calls first asks whether CUDA has begun.
-        current_device = getattr(torch._C, "_cuda_getDevice", driver.active.get_current_device)
-        return Settled(
-            compiled.start, programs, device, rest, itemgetter(*order), current_device, driver.active.get_current_stream
-        )
+        return Settled(compiled.start, programs, device, rest, itemgetter(*order))
 
 
-class _Recording(threading.local):
-    """What this thread launches, while somebody records it."""
-
-    steps: list[tuple] | None = None
-    complete = True
-
-
-_recording = _Recording()
-
-
-def note(action: Callable[[Any], int], device: Any) -> None:
-    """Something between launches that is to be done again with them: ``action(device)`` returns the stream of those
-    that follow."""
-    if _recording.steps is not None:
-        _recording.steps.append((None, action, device))
-
-
-class Remembered:
-    """Launches that were made once for some addresses, made again for the same ones without looking at anything.
-
-    Whoever asks vouches that everything else they depend on is the same: shapes, dtypes, numbers, device, and tables
-    that are kept for as long as this is.
-    """
-
-    LARGEST = 1024  # sets of addresses
-
-    def __init__(self) -> None:
-        self.found: dict[tuple, list[tuple]] = {}
-
-    def run(self, tensors: Sequence[Tensor | None], launches: Callable[[], None], number: float) -> None:
-        """Does what ``launches()`` does; ``tensors`` are all it reads or writes, ``number`` all else that varies."""
-        key = (number, *[None if tensor is None else _address(tensor) for tensor in tensors])
-        steps = self.found.get(key)
-        if steps is not None:
-            _again(steps)
-            return
-        _recording.steps, _recording.complete = [], True
-        try:
-            launches()
-            if _recording.complete:
-                if len(self.found) >= self.LARGEST:
-                    self.found.clear()
-                self.found[key] = _recording.steps
-        finally:
-            _recording.steps = None
-
-
-def _again(steps: list[tuple]) -> None:
-    stream = driver.active.get_current_stream(driver.active.get_current_device())
-    for start, programs, values in steps:
-        if start is None:
-            stream = programs(values)
-        else:
-            start(programs, 1, 1, stream, *values)
+def _positions(compiled: Compiled, pattern: Pattern, arguments: tuple) -> tuple[list[int], list[tuple]]:
+    """Where addresses stand among what the entry point gets after the stream; where descriptors do, with these and how
+    they are encoded."""
+    place, encoded = len(compiled.before), []
+    for descriptor, encoding in zip(arguments, compiled.encodings, strict=False):
+        encoded.append((place, descriptor, encoding))
+        place += len(descriptor.encoded)
+    shift = place - pattern.descriptors
+    return [at + shift for at in pattern.places], encoded
 
 
 @cache

@@ -14,8 +14,8 @@ from . import pieces, segments
 from . import prepare as portable_prepare
 from .arena import Arena
 from .chunks import Chunks, known_chunks, packed_chunks, regular_chunks
-from .launch import Remembered
 from .pieces import Group
+from .plan import Pass
 from .prepare import Prepared, vacant_arrays
 from .scan import SCANS
 from .scans import Scans
@@ -84,8 +84,7 @@ class Schedule:
         self.kept(self.kept_bytes)
         self.kept(self.passing_bytes, halting=False)
         self.scratch(self.scratch_bytes)
-        self.forward, self.passing = Remembered(), Remembered()
-        self.backward, self.backward_alone = Remembered(), Remembered()
+        self.passes: dict[tuple, Pass] = {}
 
     def _segments(self, programs: int, starts: tuple[int, ...] | None, batch_invariant: bool,
                   device: torch.device) -> Segments | None:  # fmt: skip
@@ -142,6 +141,13 @@ class Schedule:
             carried = arena.empty(layout.sequences, heads, k, v, dtype=torch.float32)
         sums = self.gradient.vacant_sums(arena, self.query, value, count, self.chunks.size)
         return Scratch(entry_states, innovation, exit_gradients, carried, sources, sums)
+
+    def one(self, *options: Any) -> Pass:
+        """The pass with these options."""
+        found = self.passes.get(options)
+        if found is None:
+            found = self.passes[options] = Pass()
+        return found
 
     def workspace(self, arena: Arena, device: torch.device) -> Tensor:
         """Memory for as much as ``arena`` measured."""

@@ -1,12 +1,13 @@
 """A second stream, for a kernel that leaves most of the card to another one."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 
-from .launch import note
+from .recording import note
 
 
 @cache
@@ -14,20 +15,44 @@ def _second(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class _Meetings(threading.local):
+    """A thread's own events, recorded again and again: making a new one for each wait takes four times as long."""
+
+    def __init__(self) -> None:
+        self.events: dict[torch.device, torch.cuda.Event] = {}
+        self.streams: dict[tuple, torch.cuda.Stream] = {}
+
+    def current(self, device: torch.device) -> torch.cuda.Stream:
+        """The current stream: PyTorch makes an object of it each time."""
+        mark = torch._C._cuda_getCurrentStream(device.index)
+        found = self.streams.get(mark)
+        if found is None:
+            found = self.streams[mark] = torch.cuda.current_stream(device)
+        return found
+
+    def after(self, first: torch.cuda.Stream, then: torch.cuda.Stream, device: torch.device) -> int:
+        """What ``then`` is given from here on runs after what ``first`` was given before."""
+        event = self.events.get(device)
+        if event is None:
+            event = self.events[device] = torch.cuda.Event()
+        event.record(first)
+        event.wait(then)  # for what was recorded last, so that the event is free again
+        return then.cuda_stream
+
+
+_meetings = _Meetings()
+
+
 def _fork(device: torch.device) -> int:
-    second = _second(device)
-    second.wait_stream(torch.cuda.current_stream(device))
-    return second.cuda_stream
+    return _meetings.after(_meetings.current(device), _second(device), device)
 
 
 def _back(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return _meetings.current(device).cuda_stream
 
 
 def _join(device: torch.device) -> int:
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(_second(device))
-    return current.cuda_stream
+    return _meetings.after(_second(device), _meetings.current(device), device)
 
 
 @contextmanager

@@ -112,7 +112,9 @@ def _step(
     for part in range(recipe.accumulation):
         batch = text.batch(recipe, step * recipe.accumulation + part)
         loss = _loss(model, batch, recipe, context) / recipe.accumulation
-        loss.backward()
+        # A device's backward pass in this thread: another one would have to be woken, and to take Python's lock.
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
         total += loss.item()
     if context is not None:
         _average_gradients(model, context)

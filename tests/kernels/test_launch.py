@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from parallelflow.kernels import launch
+from parallelflow.kernels import launch, plan, recording
 
 
 class Kernel:
@@ -27,8 +27,11 @@ class Kernel:
 class Descriptor:
     kind = "a tile"
 
-    def __init__(self) -> None:
-        self.encoded = []
+    def __init__(self, origin=0) -> None:
+        self.encoded, self.origin = [], origin
+
+    def moved(self, origin):
+        return Descriptor(origin)
 
 
 @pytest.fixture
@@ -39,7 +42,8 @@ def kernel(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: "stream")
     monkeypatch.setattr(launch, "JITFunction", Kernel)
     monkeypatch.setattr(launch, "_entry_point", lambda *_: entry)
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    for module in (launch, recording):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     return found
 
 
@@ -96,73 +100,107 @@ def test_one_object_for_the_same_constants():
     assert launch.bind(kernel, SIZE=4, WARPS=1) is not launch.bind(kernel, SIZE=8, WARPS=1)
 
 
-def remembered_steps(kernel, bound, tensors, remembered, number=0.5):
-    """Two launches and something between them; how often they were composed, and what was launched."""
-    composed = []
+class Steps:
+    """A pass of two launches and something between them, on what begins in one tensor and inside another: how often it
+    was composed, and the addresses that were launched with. The kernel's first launch, which compiles, is over."""
 
-    def launches():
-        composed.append(1)
-        bound(3, Descriptor(), tensors[0], None, 5, number)
-        launch.note(lambda device: f"stream {device}", "aside")
-        bound(4, Descriptor(), tensors[1], None, 5, number)
+    def __init__(self, kernel, compiled=True) -> None:
+        self.kernel, self.composed, self.one = kernel, 0, plan.Pass()
+        self.bound = launch.Bound(kernel, {})
+        if compiled:
+            self.compose([aligned(8), aligned(8)])
+            encoding = launch.Encoding(lambda descriptor, metadata: [("map", descriptor.origin), 7], "swizzled")
+            for pattern in self.bound.patterns.values():
+                for key, entry in pattern.compiled.items():
+                    pattern.compiled[key] = entry._replace(encodings=(encoding,))
+            self.one.calls = 1
 
-    remembered.run(tensors, launches, number)
-    entries, kernel.entry = kernel.entry, []
-    return len(composed), entries
+    def compose(self, tensors):
+        self.composed += 1
+        window = tensors[1][4:]
+        self.bound(1, Descriptor(window.data_ptr()), tensors[0], None, 5, 0.5)
+        recording.note(lambda device: f"stream {device}", "aside")
+        self.bound(2, Descriptor(tensors[0].data_ptr()), window, None, 5, 0.5)
+        return (), []
 
-
-def test_launches_for_the_same_addresses_are_made_again(kernel):
-    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
-    bound(3, Descriptor(), tensors[0], None, 5, 0.5)  # compiled
-    composed, first = remembered_steps(kernel, bound, tensors, remembered)
-    assert composed == 1
-    assert [entry[3] for entry in first] == ["stream", "stream"]
-    composed, again = remembered_steps(kernel, bound, tensors, remembered)
-    assert composed == 0
-    assert [entry[3] for entry in again] == ["stream", "stream aside"]
-    assert [entry[:3] + entry[4:] for entry in again] == [entry[:3] + entry[4:] for entry in first]
-
-
-@pytest.mark.parametrize("other", [(0.25, slice(None)), (0.5, slice(None, None, -1))], ids=["number", "addresses"])
-def test_launches_for_others_are_not(kernel, other):
-    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
-    bound(3, Descriptor(), tensors[0], None, 5, 0.5)
-    remembered_steps(kernel, bound, tensors, remembered)
-    number, order = other
-    composed, entries = remembered_steps(kernel, bound, tensors[order], remembered, number)
-    assert composed == 1
-    assert entries[0][7] == tensors[order][0].data_ptr()
-    assert entries[0][10] == number
+    def __call__(self, tensors):
+        self.kernel.entry.clear()
+        self.composed = 0
+        self.one.run(tensors, lambda: self.compose(tensors))
+        return self.composed, [(entry[3], entry[5], entry[7]) for entry in self.kernel.entry]
 
 
-def test_what_triton_compiled_on_the_way_is_not_remembered(kernel):
-    bound, remembered, tensors = launch.Bound(kernel, {}), launch.Remembered(), [aligned(8), aligned(8)]
-    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 1  # its first launch compiles
-    assert not remembered.found
-    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 1
-    assert remembered_steps(kernel, bound, tensors, remembered)[0] == 0
+def expected(tensors, streams=("stream", "stream aside")):
+    first, second = (tensor.data_ptr() for tensor in tensors)
+    return [(streams[0], ("map", second + 16), first), (streams[1], ("map", first), second + 16)]
 
 
-def test_what_fails_is_not_remembered_and_nothing_goes_on_recording(kernel):
-    remembered = launch.Remembered()
+def test_a_pass_is_made_again_at_the_same_and_at_other_addresses(kernel):
+    steps, tensors, others = Steps(kernel), [aligned(8), aligned(8)], [aligned(8), aligned(8)]
+    assert steps(tensors) == (1, expected(tensors, ("stream", "stream")))
+    for given in (tensors, others, tensors, others[::-1]):
+        assert steps(given) == (0, expected(given))
 
+
+def test_a_pass_on_memory_that_overlapped_is_composed_again(kernel):
+    """Which of the two was meant cannot be told."""
+    steps, both = Steps(kernel), aligned(16)
+    assert steps([both[:8], both[4:12]])[0] == 1
+    assert steps.one.plan is None
+    assert steps([aligned(8), aligned(8)])[0] == 1
+
+
+def test_a_pass_is_composed_at_addresses_that_need_another_kernel(kernel):
+    steps = Steps(kernel)
+    steps([aligned(8), aligned(8)])
+    assert steps([aligned(9)[1:], aligned(8)])[0] == 1
+    assert steps([aligned(8), aligned(8)])[0] == 0
+
+
+def test_a_pass_is_composed_on_another_device(kernel):
+    steps, tensors = Steps(kernel), [aligned(8), aligned(8)]
+    steps(tensors)
+    assert steps(tensors)[0] == 0
+    steps.one.plan = steps.one.plan._replace(launched_on=steps.one.plan.launched_on._replace(current=lambda: 1))
+    assert steps(tensors)[0] == 1
+
+
+def test_a_pass_on_which_triton_compiled_is_composed_again(kernel):
+    steps = Steps(kernel, compiled=False)
+    steps.one.calls = 1
+    assert steps([aligned(8), aligned(8)])[0] == 1
+    assert steps.one.plan is None
+
+
+def test_the_first_pass_is_not_watched_nor_one_that_was_in_vain_too_often(kernel, monkeypatch):
+    steps, watched = Steps(kernel), []
+    monkeypatch.setattr(plan, "_plan", lambda *_: watched.append(1))
+    steps.one.calls = 0
+    for _ in range(10):
+        assert steps([aligned(8), aligned(8)])[0] == 1
+    assert len(watched) == plan.Pass.TRIES
+
+
+def test_what_fails_leaves_no_plan_and_nothing_goes_on_recording(kernel):
     def launches():
         raise ValueError("no room")
 
+    one = plan.Pass()
+    one.calls = 1
     with pytest.raises(ValueError, match="no room"):
-        remembered.run([aligned(8)], launches, 0.5)
-    assert not remembered.found
-    assert launch._recording.steps is None
+        one.run([aligned(8)], launches)
+    assert one.plan is None
+    assert recording.recording.recorder is None
 
 
-def test_only_so_many_are_remembered(kernel, monkeypatch):
-    monkeypatch.setattr(launch.Remembered, "LARGEST", 2)
-    bound, remembered = launch.Bound(kernel, {}), launch.Remembered()
-    kept = [[aligned(8), aligned(8)] for _ in range(4)]
-    bound(3, Descriptor(), kept[0][0], None, 5, 0.5)
+def test_only_so_many_sets_of_addresses_are_kept(kernel, monkeypatch):
+    monkeypatch.setattr(plan.Pass, "LARGEST", 2)
+    steps = Steps(kernel)
+    kept = [[aligned(8), aligned(8)] for _ in range(5)]
     for tensors in kept:
-        remembered_steps(kernel, bound, tensors, remembered)
-        assert len(remembered.found) <= 2
+        steps(tensors)
+        assert len(steps.one.found) <= 2
+    assert len({tuple(map(id, tensors)) for tensors in kept}) == 5
 
 
 def settle(kernel, tensors=None, numbers=(5, 0.5)):
@@ -185,7 +223,7 @@ def test_a_settled_launch_takes_other_tensors(kernel):
 def test_a_settled_launch_is_not_made_of_what_needs_another_kernel(kernel):
     settled = settle(kernel)
     assert not settled((aligned(4), aligned(9)[1:]))
-    other = settled._replace(current_device=lambda: 1)
+    other = settled._replace(device=settled.device._replace(current=lambda: 1))
     assert not other((aligned(4), aligned(8)))
     assert not kernel.entry
 

@@ -1,6 +1,7 @@
 """TMA descriptors of the scans' arrays, made and encoded once per (address, shape, tile)."""
 
 import math
+from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 class _Address(NamedTuple):
-    """The two things a descriptor asks of its base: where it starts and what it holds."""
+    """The two things a descriptor asks of its base, where it starts and what it holds; and what it has beside, the
+    bytes from there to the tensor."""
 
     address: int
     dtype: torch.dtype
+    ahead: int = 0
 
     def data_ptr(self) -> int:
         return self.address
@@ -44,10 +47,22 @@ class Descriptor(hopper.TensorDescriptor):
         self.encoded = []
         self.kind = f"{self.base.dtype} {self.block_shape} {self.layout}"
 
+    @property
+    def origin(self) -> int:
+        """The address of the tensor."""
+        return self.base.address + self.base.ahead
+
+    def moved(self, origin: int) -> "Descriptor":
+        """The same of a tensor at another address, not encoded."""
+        found = copy(self)
+        found.base, found.encoded = self.base._replace(address=origin - self.base.ahead), []
+        return found
+
 
 @lru_cache(maxsize=4096)
 def _rows(address: int, dtype: torch.dtype, rows: int, columns: int, width: int, height: int) -> Descriptor:
-    start = _Address(address - height * columns * dtype.itemsize, dtype)
+    ahead = height * columns * dtype.itemsize
+    start = _Address(address - ahead, dtype, ahead)
     return Descriptor(
         start, [rows + height + 1, height, columns], [columns, columns, 1], [1, height, width], _SWIZZLED_ROWS
     )
@@ -71,7 +86,8 @@ def _places(address: int, dtype: torch.dtype, tokens: int, count: int, columns: 
             ) -> Descriptor:  # fmt: skip
     padded = next_power_of_2(count)
     size, token = height // padded, count * columns
-    start = _Address(address - size * token * dtype.itemsize, dtype)
+    ahead = size * token * dtype.itemsize
+    start = _Address(address - ahead, dtype, ahead)
     return Descriptor(
         start, [tokens + size + 1, size, count, columns], [token, token, columns, 1], [1, size, padded, width],
         _SWIZZLED_PLACES,

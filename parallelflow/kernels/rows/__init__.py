@@ -10,5 +10,7 @@ slopes.py       device functions: what comes through pairs, and sums over later 
 pull_kernel.py  the kernel of the rows' and the decays' gradients
 pull_strong.py  the same where a channel's decays are strong
 pull.py         gradients of the rows and of the decay
+sums.py         zeros, and sums of a few arrays
 engine.py       forward and backward from these stages
+passes.py       the same, made again where such problems have been there before
 """

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -12,6 +13,7 @@ from parallelflow.kernels.rows.prepare import Prepared, Whole, prepare, writes_a
 from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import PORTABLE, Tier, pull
 from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
+from parallelflow.kernels.rows.sums import converted
 from parallelflow.problem import Inputs, Traits
 
 
@@ -173,9 +175,10 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     for one, other in (("read", "write"), ("read_coefficient", "value_coefficient")):
         if getattr(inputs, one) is not None and getattr(inputs, one) is getattr(inputs, other):
             first, second = getattr(gradients, one), getattr(gradients, other)
-            gradients = gradients._replace(**{one: None, other: second if first is None else first + second})
+            both = first if second is None else second if first is None else converted(first, torch.float32, second)
+            gradients = gradients._replace(**{one: None, other: both})  # type: ignore[arg-type]
     gradients = gradients.unstacked(inputs)
     return Inputs(*(
-        None if gradient is None or given is None else gradient.to(given.dtype).view(given.shape)
+        None if gradient is None or given is None else converted(gradient, given.dtype).view(given.shape)
         for gradient, given in zip(gradients, inputs, strict=True)
     ))  # type: ignore[arg-type]  # fmt: skip

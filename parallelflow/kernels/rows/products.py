@@ -13,6 +13,7 @@ from parallelflow.kernels.chunks import Chunks, locate_chunk
 from parallelflow.kernels.launch import bind
 from parallelflow.kernels.rows.factors import places
 from parallelflow.kernels.rows.layout import Factor, Layout
+from parallelflow.kernels.rows.sums import summed
 
 ROWS = 16  # of a program
 
@@ -119,7 +120,9 @@ def product(factor: Factor, value_heads: int) -> Tensor:
 
 def gathered(gradient: Tensor, heads: int) -> Tensor:
     """``[B, T, R, HV(, D)]`` summed over the value heads that share a head, in their order."""
-    return gradient if gradient.shape[3] == heads else gradient.unflatten(3, (heads, -1)).sum(4)
+    if gradient.shape[3] == heads:
+        return gradient
+    return summed(gradient.unflatten(3, (heads, -1)), 4, gradient.dtype)
 
 
 def pull_product(gradient: Tensor, factor: Factor) -> tuple[Tensor, Tensor | None]:

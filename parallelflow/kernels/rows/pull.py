@@ -27,6 +27,7 @@ from parallelflow.kernels.rows.pairs import Pairs
 from parallelflow.kernels.rows.prepare import of_factor, sizes
 from parallelflow.kernels.rows.pull_kernel import pull_kernel
 from parallelflow.kernels.rows.pull_strong import pull_strong_kernel
+from parallelflow.kernels.rows.sums import summed, zeros
 
 
 class Tier(NamedTuple):
@@ -92,9 +93,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     if read is not None and write is not None:
         d_write = vacant(R, write.shape[-2])
         if tied:
-            d_read_coefficient = query.new_zeros(
-                narrow_tiles if strong else tiles, batch, time, R, heads, dtype=torch.float32
-            )
+            d_read_coefficient = zeros(query, narrow_tiles if strong else tiles, batch, time, R, heads)
         else:
             d_read = vacant(R, heads if read.kind == 0 and read.sign == 1 and read.heads == heads else 0)
     if lone_write is not None:
@@ -121,7 +120,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
         launch = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32))
         launch(count * narrow_tiles, *arrays, batch * time, scale)
     if d_read_coefficient is not None:
-        d_read_coefficient = d_read_coefficient.sum(0)
+        d_read_coefficient = summed(d_read_coefficient, 0, torch.float32)
     if d_log_decay is not None:
-        d_log_decay = d_log_decay[0] if layout.decay == VECTOR_DECAY else d_log_decay.sum(0)
+        d_log_decay = d_log_decay[0] if layout.decay == VECTOR_DECAY else summed(d_log_decay, 0, torch.float32)
     return Pulled(d_query, d_read, d_read_coefficient, d_write, d_lone, d_log_decay)
