@@ -168,7 +168,9 @@ def forward(
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep, unrounded)
     if tier in ROWS_OF.values():
-        return _kernels("rows.engine").forward(inputs, traits, sequence_starts, tier, keep, need_final_state)
+        return _kernels("rows.engine").forward(
+            inputs, traits, sequence_starts, tier, keep, need_final_state, batch_invariant
+        )
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     return _kernels("delta").forward(
         *_arguments(inputs), **options, need_final_state=need_final_state, save_for_backward=keep
@@ -176,9 +178,9 @@ def forward(
 
 
 def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
-    """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0, and
-    what the backward pass of the same tokens needs, whatever their initial states; None of a tier that has no way of
-    its own to do it."""
+    """``forward`` of a regular batch whose initial states may have more channels than its values, those beyond being 0,
+    and what the backward pass of the same tokens needs, whatever their initial states; None of a tier that has no way
+    of its own to do it."""
     return _kernels("rows.engine").widened(inputs, traits, tier, keep) if tier in ROWS_OF.values() else None
 
 
@@ -233,7 +235,9 @@ def backward(
     if tier == "cpu":
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     if tier in ROWS_OF.values():
-        return _kernels("rows.engine").backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final)
+        return _kernels("rows.engine").backward(
+            inputs, traits, sequence_starts, tier, saved, d_output, d_final, batch_invariant
+        )
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels("delta").backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options
