@@ -157,9 +157,9 @@ def pass_through(inputs: Inputs, setting: Setting, choose: Callable[[Inputs], st
         transition = start.new_ones(batch, heads)
         if inputs.log_decay is not None:
             transition = inputs.log_decay.to(dtype).sum(1).exp()
-        output, final, kept = setting.forward(
-            inputs._replace(initial_state=start), keep and setting.backend not in STATES_KEPT, unrounded=True
-        )
+        begun, keep = inputs._replace(initial_state=start), keep and setting.backend not in STATES_KEPT
+        found = backend.widened(begun, setting.traits, setting.backend, keep) if begun.query.numel() else None
+        output, final, kept = setting.forward(begun, keep, unrounded=True) if found is None else found
         assert final is not None
         return AtOnce(inputs, setting, Flow(transition, final), output, None, kept, False)
     identity = torch.eye(key_dim, dtype=dtype, device=start.device).expand(batch, heads, -1, -1)

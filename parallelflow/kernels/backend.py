@@ -172,7 +172,9 @@ def forward(
     if tier == "cpu":
         return flow.forward(inputs, traits, sequence_starts, keep, unrounded)
     if tier in ROWS_OF.values():
-        return _kernels("rows.passes").forward(inputs, traits, sequence_starts, tier, keep, need_final_state, decided)
+        return _kernels("rows.passes").forward(
+            inputs, traits, sequence_starts, tier, keep, need_final_state, batch_invariant, decided
+        )
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     if decided is not None and inputs.single():  # what has an R axis has results of another shape
         slots = [Inputs._fields.index(name) for name in (TIED if traits.positions else WRITING)]
@@ -183,9 +185,9 @@ def forward(
 
 
 def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
-    """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0, and
-    what the backward pass of the same tokens needs, whatever their initial states; None of a tier that has no way of
-    its own to do it."""
+    """``forward`` of a regular batch whose initial states may have more channels than its values, those beyond being 0,
+    and what the backward pass of the same tokens needs, whatever their initial states; None of a tier that has no way
+    of its own to do it."""
     return _kernels("rows.engine").widened(inputs, traits, tier, keep) if tier in ROWS_OF.values() else None
 
 
@@ -242,7 +244,7 @@ def backward(
         return flow.backward(inputs, traits, sequence_starts, saved, d_output, d_final)
     if tier in ROWS_OF.values():
         rows = _kernels("rows.passes")
-        return rows.backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final, decided)
+        return rows.backward(inputs, traits, sequence_starts, tier, saved, d_output, d_final, batch_invariant, decided)
     options = _options(inputs, traits, sequence_starts, tier, batch_invariant)
     found = _kernels("delta").backward(
         *_arguments(inputs), saved, d_output, None if d_final is None else d_final.float(), **options, decided=decided

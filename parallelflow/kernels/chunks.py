@@ -25,7 +25,6 @@ class Chunks(NamedTuple):
     time: tokens from one sequence to the next, of all sequences when packed (T).  length: tokens of a sequence in the
     window (T without one, and when packed).  per_sequence: ceil(T / C), unused when packed.
     table: int32 [M, 2], first token and number of tokens of each chunk (0 for the chunks that are only spare), or None.
-    (segments.py makes layouts without a table, for the scans, which do not look at it.)
     cu_seqlens: int32 [N + 1], first token of each sequence, or None.
     offsets: int32 [N + 1], first chunk of each sequence, or None.
     """

@@ -130,7 +130,7 @@ def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Te
     if cut is None:
         return initial_state
     schedule.scans.flow_scan(key, value, prepared, cut, initial_state=initial_state, flows=flows)
-    entry_states(flows, prepared.total, cut, initial_state, tied=schedule.tied, into=entries)
+    entry_states(flows, prepared.total, cut, initial_state, dense=schedule.tied, into=entries)
     return entries
 
 
@@ -156,7 +156,7 @@ def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kep
     if cut is not None:
         scans.reverse_flow_scan(given.query, given.key, d_output, kept.prepared, cut, scale=scale,
                                 d_final_state=d_state, sources=scratch.sources)  # fmt: skip
-        exit_gradients(kept.flows, scratch.sources, kept.prepared.total, cut, d_state, tied=schedule.tied,
+        exit_gradients(kept.flows, scratch.sources, kept.prepared.total, cut, d_state, dense=schedule.tied,
                        into=scratch.carried)  # fmt: skip
         d_state = scratch.carried
     for piece in reversed(group.pieces):

@@ -65,7 +65,7 @@ def finish(half: Half, initial_state: Tensor) -> tuple[Tensor, list[Tensor]]:
         wide = accurate(flows.device)  # of the first ones, what the initial states become
         first = Flow(*(part[:, 0].to(wide) for part in _flows(schedule, workspace, flows)))
         leading[:, 0, ..., : given.value.shape[3]] = first.apply(state.to(wide))
-        entry_states(kept.flows, kept.prepared.total, cut, state, tied=schedule.tied, into=kept.entries)
+        entry_states(kept.flows, kept.prepared.total, cut, state, dense=schedule.tied, into=kept.entries)
         state = kept.entries
     output = torch.empty_like(given.value)
     schedule.scans.forward_scan(

@@ -20,8 +20,7 @@ from .prepare import Prepared, vacant_arrays
 from .scan import SCANS
 from .scans import Scans
 from .segments import Segments, known_segments, regular_segments
-
-HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
+from .streams import leaves_room
 
 
 class Kept(NamedTuple):
@@ -79,7 +78,7 @@ class Schedule:
         self.overwrites = tied and self.gradient.may_overwrite(query, value)
         self.groups = self._groups(programs, segments.processors(query.device), sequence_starts, query.device)
         self.halt = -(-self.groups[0].pieces[0].layout.length // chunks.size)  # chunks of a piece
-        self.together = query.is_cuda and self.groups[0].layout.sequences * programs <= HALF_OF_A_CARD
+        self.together = leaves_room(query.device, self.groups[0].layout.sequences * programs)
         self.kept_bytes, self.passing_bytes, self.scratch_bytes = Arena(), Arena(), Arena()
         self.kept(self.kept_bytes)
         self.kept(self.passing_bytes, halting=False)
@@ -91,10 +90,10 @@ class Schedule:
         """None where nothing is cut; nothing is where only the device knows how long the sequences are."""
         chunks = self.chunks
         if starts is not None:
-            return known_segments(starts, chunks.size, programs, batch_invariant, device)
+            return known_segments(starts, chunks.size, programs, 0, batch_invariant, device)
         if chunks.packed or not chunks.count:
             return None
-        return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, batch_invariant, device)
+        return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, 0, batch_invariant, device)
 
     def _groups(self, programs: int, processors: int, starts: tuple[int, ...] | None,
                 device: torch.device) -> list[Group]:  # fmt: skip

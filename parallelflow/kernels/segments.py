@@ -10,17 +10,18 @@ value heads, the tiles of value channels and the card, never on other sequences.
 """
 
 from functools import lru_cache
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .chunks import Chunks, to_device
+from .chunks import Chunks, known_chunks, to_device
 
-SHORTEST = 128  # chunks of a sequence that is cut whatever else there is
+SHORTEST = 8192  # tokens of a sequence that is cut whatever else there is; shorter ones come in batches
 FEWEST = 16  # chunks of a segment: with less its flow, composed, costs more than it saves
 PLACES = 3  # segments at least; with two the backward gains less than from its two scans side by side
+PLACES_OF_UNITS = 4  # where the P of a segment takes programs of its own
 HOPPERS = 132  # multiprocessors of an H100 or H200: in the rule where there is no GPU
 
 
@@ -46,16 +47,22 @@ class Segments(NamedTuple):
     length: int = 0
 
 
-def segment_length(steps: int, rivals: int, programs: int, processors: int, batch_invariant: bool) -> int:
-    """Chunks in each segment of a sequence of ``steps`` chunks; ``steps`` or more: it is not cut.
+def segment_length(steps: int, size: int, rivals: int, programs: int, units: int, processors: int,
+                   batch_invariant: bool) -> int:  # fmt: skip
+    """Chunks in each segment of a sequence of ``steps`` chunks of ``size`` tokens; ``steps`` or more: it is not cut.
 
-    ``programs`` carry one sequence (value heads x tiles).  All of its segments are to run at once, so there are at most
-    ``processors // programs``.  ``rivals`` is the number of chunks of all sequences; it counts only if not
-    ``batch_invariant``, where the card is shared out among them and shorter sequences are cut too.
+    ``programs`` carry one sequence (value heads x tiles), and ``units`` more the P of a segment, where those take
+    multiprocessors of their own.  All segments are to run at once, and before them all flows (the first needs no P, the
+    last none at all), so there are at most ``processors // programs``, and fewer with units.  ``rivals`` is the number
+    of chunks of all sequences; it counts only if not ``batch_invariant``, where the card is shared out among them and
+    shorter sequences are cut too.
     """
     places = processors // programs
-    if places < PLACES or steps < (SHORTEST if batch_invariant else 2 * FEWEST):
+    few = places < (PLACES_OF_UNITS if units else PLACES)
+    if few or (steps * size < SHORTEST if batch_invariant else steps < 2 * FEWEST):
         return steps
+    if units:
+        places = min(places, (processors + programs + 2 * units) // (programs + units))
     return max(FEWEST, -(-(steps if batch_invariant else rivals) // places))
 
 
@@ -67,11 +74,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def regular_segments(batch: int, time: int, size: int, programs: int, batch_invariant: bool,
+def regular_segments(batch: int, time: int, size: int, programs: int, units: int, batch_invariant: bool,
                      device: torch.device) -> Segments | None:  # fmt: skip
     """The segments of ``batch`` sequences of ``time`` tokens; None where none is cut."""
     steps = -(-time // size)
-    length = segment_length(steps, batch * steps, programs, processors(device), batch_invariant)
+    length = segment_length(steps, size, batch * steps, programs, units, processors(device), batch_invariant)
     if length >= steps:
         return None
     return _regular(batch, time, size, length, device)
@@ -82,18 +89,18 @@ def _regular(batch: int, time: int, size: int, length: int, device: torch.device
     return _tables(tuple(range(0, batch * time + 1, time)), size, (length,) * batch, device)._replace(length=length)
 
 
-def known_segments(starts: tuple[int, ...], size: int, programs: int, batch_invariant: bool,
+def known_segments(starts: tuple[int, ...], size: int, programs: int, units: int, batch_invariant: bool,
                    device: torch.device) -> Segments | None:  # fmt: skip
     """The segments of packed sequences whose boundaries are known on the host; None where none is cut."""
-    return _known(starts, size, programs, processors(device), batch_invariant, device)
+    return _known(starts, size, programs, units, processors(device), batch_invariant, device)
 
 
 @lru_cache(maxsize=16)
-def _known(starts: tuple[int, ...], size: int, programs: int, processors: int, batch_invariant: bool,
+def _known(starts: tuple[int, ...], size: int, programs: int, units: int, processors: int, batch_invariant: bool,
            device: torch.device) -> Segments | None:  # fmt: skip
     steps = [-(-(last - first) // size) for first, last in pairwise(starts)]
     rivals = sum(steps)
-    lengths = tuple(segment_length(own, rivals, programs, processors, batch_invariant) for own in steps)
+    lengths = tuple(segment_length(own, size, rivals, programs, units, processors, batch_invariant) for own in steps)
     if all(length >= own for length, own in zip(lengths, steps, strict=True)):
         return None
     return _tables(starts, size, lengths, device)
@@ -101,11 +108,9 @@ def _known(starts: tuple[int, ...], size: int, programs: int, processors: int, b
 
 def _tables(starts: tuple[int, ...], size: int, lengths: tuple[int, ...], device: torch.device) -> Segments:
     """Sequence n has tokens starts[n] to starts[n + 1], cut every lengths[n] chunks; an empty one is a segment."""
-    edges, offsets, first, begun, ended = [starts[0]], [0], [0], [], []
+    edges, first, begun, ended = [starts[0]], [0], [], []
     for sequence, (begin, end) in enumerate(pairwise(starts)):
         ends = [*range(begin + lengths[sequence] * size, end, lengths[sequence] * size), end] if end > begin else [end]
-        counts = [-(-(after - before) // size) for before, after in pairwise([begin, *ends])]
-        offsets += [offsets[-1] + number for number in accumulate(counts)]
         edges += ends
         begun += [sequence, *[-1] * (len(ends) - 1)]
         ended += [*[-1] * (len(ends) - 1), sequence]
@@ -113,8 +118,6 @@ def _tables(starts: tuple[int, ...], size: int, lengths: tuple[int, ...], device
     count, sequences = len(edges) - 1, len(starts) - 1
     leading = chain.from_iterable((number, begun[number]) for number in range(count) if ended[number] < 0)
     trailing = chain.from_iterable((number, ended[number]) for number in range(count) if begun[number] < 0)
-    parts = [edges, offsets, first, list(leading), list(trailing), begun, ended]
-    tables = to_device(parts, device)
-    layout = Chunks(size, offsets[-1], count, starts[-1], starts[-1], 0, None, *tables[:2])
-    return Segments(layout, sequences, count - sequences, tables[2], tables[3].view(-1, 2), tables[4].view(-1, 2),
-                    tables[5], tables[6])  # fmt: skip
+    tables = to_device([first, list(leading), list(trailing), begun, ended], device)
+    return Segments(known_chunks(tuple(edges), size, device), sequences, count - sequences, tables[0],
+                    tables[1].view(-1, 2), tables[2].view(-1, 2), tables[3], tables[4])  # fmt: skip

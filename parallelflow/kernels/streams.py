@@ -9,6 +9,13 @@ import torch
 
 from .recording import note
 
+HALF_OF_A_CARD = 66  # multiprocessors of an H100 or H200: two scans of so many programs run beside each other
+
+
+def leaves_room(device: torch.device, programs: int) -> bool:
+    """Whether a scan of so many programs leaves room for another one."""
+    return device.type == "cuda" and programs <= HALF_OF_A_CARD
+
 
 @cache
 def _second(device: torch.device) -> torch.cuda.Stream:

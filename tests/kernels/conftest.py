@@ -5,7 +5,25 @@ multiplies the bit patterns of bfloat16 numbers, it cuts off where a GPU rounds 
 changes in ``triton.language`` for a function that a kernel calls stays changed, which later breaks compilations.
 """
 
+import pytest
 import torch
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Sequences of two chunks and more are cut, each chunk a segment of its own where 8 multiprocessors have room."""
+    from parallelflow.kernels import delta, segments
+
+    def clear():
+        segments._known.cache_clear()
+        delta._SCHEDULES.clear()
+
+    monkeypatch.setattr(segments, "SHORTEST", 2)
+    monkeypatch.setattr(segments, "FEWEST", 1)
+    monkeypatch.setattr(segments, "processors", lambda device: 8)
+    clear()
+    yield
+    clear()
 
 
 def _mend_interpreter() -> None:

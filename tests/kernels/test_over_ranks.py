@@ -12,7 +12,7 @@ from parallelflow.autograd import Setting
 from parallelflow.distributed import flows
 from parallelflow.distributed.exchange import apply
 from parallelflow.flow import Flow
-from parallelflow.kernels import delta, halves, read, segments
+from parallelflow.kernels import delta, halves, read
 from parallelflow.kernels.backend import kernels_of
 from parallelflow.problem import Inputs
 from parallelflow.testing import Sizes, relative_error
@@ -69,20 +69,11 @@ def test_one_run_tells_all(case, dtype):
             assert ours <= max(2 * theirs, floor), (name, ours, theirs)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Sequences of two chunks and more are cut, each chunk a segment of its own where there is room."""
-
-    def clear():
-        segments._regular.cache_clear()
-        delta._SCHEDULES.clear()
-
-    monkeypatch.setattr(segments, "SHORTEST", 2)
-    monkeypatch.setattr(segments, "FEWEST", 1)
-    monkeypatch.setattr(segments, "processors", lambda device: 8)
-    clear()
-    yield
-    clear()
+@pytest.mark.parametrize("name", ["kimi_delta_attention", "gated_linear_attention"])
+def test_one_run_in_segments_tells_all(name, short):
+    """Cut, and the backward pass finds for itself the flows that the run over wider states did not keep."""
+    case = next(case for case in MODELS if case.name == name)
+    test_one_run_tells_all(case, torch.float32)
 
 
 @pytest.mark.parametrize(

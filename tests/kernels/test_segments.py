@@ -1,5 +1,7 @@
 """Sequences in segments: the results and gradients of the recurrence, and the same bits whatever else is there."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,25 +11,6 @@ from delta_recurrence import NAMES, relative
 
 import parallelflow as pf
 from parallelflow.kernels import compose, delta, schedule, segments
-
-PROCESSORS = 8
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Sequences of two chunks and more are cut, each chunk a segment of its own where there is room."""
-    monkeypatch.setattr(segments, "SHORTEST", 2)
-    monkeypatch.setattr(segments, "FEWEST", 1)
-    monkeypatch.setattr(segments, "processors", lambda device: PROCESSORS)
-    clear()
-    yield
-    clear()
-
-
-def clear():
-    segments._regular.cache_clear()
-    segments._known.cache_clear()
-    delta._SCHEDULES.clear()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,7 +96,7 @@ def test_segments_are_not_the_same_bits_but_as_near(short, monkeypatch):
     cotangents = torch.ones(1, 256, 1, 16, device=DEVICE), torch.ones(1, 1, 32, 16, device=DEVICE)
     cut = kernel_results(inputs, cotangents, tied=True, scale=0.3)
     monkeypatch.setattr(segments, "SHORTEST", 1000)
-    clear()
+    delta._SCHEDULES.clear()
     whole = kernel_results(inputs, cotangents, tied=True, scale=0.3)
     assert not torch.equal(cut["output"], whole["output"])
     for name, expected in whole.items():
@@ -121,15 +104,26 @@ def test_segments_are_not_the_same_bits_but_as_near(short, monkeypatch):
 
 
 def test_a_batch_may_count_where_it_is_allowed_to():
-    steps = 2 * segments.SHORTEST
-    alone = segments.segment_length(steps, steps, 16, 132, True)
+    steps = 2 * segments.SHORTEST // 64
+    length = partial(segments.segment_length, steps, 64)
+    alone = length(steps, 16, 0, 132, True)
     assert alone == -(-steps // 8)
-    assert segments.segment_length(steps, 64 * steps, 16, 132, True) == alone
-    assert segments.segment_length(steps, 2 * steps, 16, 132, False) == -(-2 * steps // 8)
-    assert segments.segment_length(steps, 64 * steps, 16, 132, False) >= steps
-    assert segments.segment_length(steps, steps, 45, 132, True) == steps  # more than a third of the card: as it is
-    assert segments.segment_length(steps, steps, 44, 132, True) < steps
-    assert segments.segment_length(segments.SHORTEST - 1, 1, 16, 132, True) >= segments.SHORTEST - 1
+    assert length(64 * steps, 16, 0, 132, True) == alone
+    assert length(2 * steps, 16, 0, 132, False) == -(-2 * steps // 8)
+    assert length(64 * steps, 16, 0, 132, False) >= steps
+    assert length(steps, 45, 0, 132, True) == steps  # more than a third of the card: as it is
+    assert length(steps, 44, 0, 132, True) < steps
+    assert length(steps, 16, 16, 132, True) == -(-steps // 5)  # 4 times 16 programs of H, 3 times 16 of P
+    assert length(steps, 33, 33, 132, True) == -(-steps // 3)
+    assert length(steps, 34, 34, 132, True) == steps
+
+
+def test_a_sequence_is_long_by_its_tokens():
+    """However few of them a chunk has."""
+    for size in (16, 64):
+        steps = segments.SHORTEST // size
+        assert segments.segment_length(steps, size, steps, 16, 0, 132, True) < steps
+        assert segments.segment_length(steps - 1, size, steps, 16, 0, 132, True) == steps - 1
 
 
 def test_tables_name_every_token_once():
@@ -146,22 +140,31 @@ def test_tables_name_every_token_once():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_flow_composed_is_a_flow(reverse):
-    """The composition against matrix products in float64, with P of any size."""
-    cut = segments._tables((0, 320, 384), 64, (1, 1), torch.device("cpu"))
+@pytest.mark.parametrize("decays", [None, 0, 1, 48], ids=["dense", "none", "a head", "a channel"])
+def test_a_flow_composed_is_a_flow(decays, reverse):
+    """The composition against matrix products in float64, with P of any size, or a product of decays."""
+    dense = decays is None
+    cut = segments._tables((0, 640, 768), 64, (2, 2), torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
-    flows = torch.randn(cut.flows, 2, 48, 24 + 48, generator=generator) / 7
-    given, total = torch.randn(2, 2, 48, 24, generator=generator), torch.ones(6, 2)
-    p, h = flows.double()[..., 24:], flows.double()[..., :24]
+    flows = torch.randn(cut.flows, 2, 48, 24 + (48 if dense else 0), generator=generator) / 7
+    given = torch.randn(2, 2, 48, 24, generator=generator)
+    total = torch.rand(cut.layout.count * 2, decays, generator=generator) if decays else None
+    h, sources = flows[..., :24].double(), flows[..., :24].contiguous()
+    if dense:
+        p = flows[..., 24:].double()
+    else:
+        factors = torch.ones(cut.layout.count, 2, 1) if total is None else total.unflatten(0, (-1, 2))
+        of_segments = factors.double()[: 2 * cut.flows].unflatten(0, (-1, 2)).prod(1)  # of the first sequence
+        p = torch.diag_embed(of_segments.expand(-1, -1, 48))
     found = torch.empty(6, 2, 48, 24)
     if reverse:
-        compose.exit_gradients(flows, flows[..., :24].contiguous(), total, cut, given, tied=True, into=found)
+        compose.exit_gradients(flows, sources, total, cut, given, dense=dense, into=found)
         expected = [given[0].double(), h[3]]
         for segment in (3, 2, 1):
             expected.append(p[segment].mT @ expected[-1] + h[segment - 1])
         expected = [*expected[::-1], given[1].double()]
     else:
-        compose.entry_states(flows, total, cut, given, tied=True, into=found)
+        compose.entry_states(flows, total, cut, given, dense=dense, into=found)
         expected = [given[0].double(), h[0]]
         for segment in (1, 2, 3):
             expected.append(p[segment] @ expected[-1] + h[segment])

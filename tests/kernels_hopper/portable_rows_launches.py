@@ -1,6 +1,6 @@
 """Compile for Hopper, without a GPU, every kernel that a forward and backward pass of general rows launches on the
 portable tier; as portable_launches.py, which this completes.
-    python portable_rows_launches.py driver,size,dtype ...
+    python portable_rows_launches.py driver,size,dtype,cut ...      (cut: whether the sequence is, into segments)
 """
 
 import os
@@ -13,7 +13,7 @@ from portable_launches import DTYPES, TIME, compile_launch
 from triton.runtime.jit import JITFunction
 
 import parallelflow as pf
-from parallelflow.kernels import backend, launch
+from parallelflow.kernels import backend, launch, segments
 
 HEADS = 2
 
@@ -46,5 +46,6 @@ if __name__ == "__main__":
     launch.Bound.__call__ = lambda self, programs, *arguments: self.kernel[(programs,)](*arguments, **self.constants)
     backend.elsewhere = lambda tier, inputs: None  # nothing runs: there need be no GPU
     for case in sys.argv[1:]:
-        driver, size, dtype = case.split(",")
+        driver, size, dtype, cut = case.split(",")
+        segments.SHORTEST, segments.FEWEST = (1, 1) if int(cut) else (TIME + 1, TIME)
         passes(driver, int(size), DTYPES[dtype])

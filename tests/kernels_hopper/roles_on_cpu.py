@@ -92,8 +92,9 @@ class Program:
             found.settle()
             self.condition.notify_all()
 
-    def expect(self, barrier, count):
-        self.changed(barrier, arrivals=1, expected=int(raw(count)))
+    def expect(self, barrier, count, pred=True):
+        if pred:
+            self.changed(barrier, arrivals=1, expected=int(raw(count)))
 
     def arrive(self, barrier, count=1, pred=True):
         if pred:
@@ -105,7 +106,9 @@ class Program:
                 found = self.barriers[barrier.data.data_ptr()]
                 self.wait_for(lambda: found.phase % 2 != parity, "a barrier")
 
-    def load(self, descriptor, start, barrier, tile):
+    def load(self, descriptor, start, barrier, tile, pred=True):
+        if not pred:
+            return
         assert tile.shape == tuple(descriptor.block_type.shape)
         assert tile.dtype == descriptor.dtype
         tile.data.fill_(math.nan)

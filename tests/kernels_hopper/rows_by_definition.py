@@ -127,3 +127,30 @@ def scan(layout, starts, reads, writes, says, gives, inverse, couple, own, throu
             carried = torch.stack(after)
         final.append(carried)
     return said, solution, torch.stack(entries), torch.stack(final)
+
+
+def composed(cut, flows, sources, total, given, reverse):
+    """The states [S, heads, K, V] at the segments' entries, or (reverse) the gradients at their exits: from one segment
+    to the next S <- P S + H, or P^T S + H, along each sequence; what H has of the first is the whole."""
+    count, heads, key_dim, value_dim = given.shape
+    first, offsets = cut.first.tolist(), cut.layout.offsets.tolist()
+    found = given.new_empty(first[-1], heads, key_dim, value_dim)
+    for number in range(count):
+        order = range(first[number], first[number + 1])
+        state = given[number].double()
+        for step, segment in enumerate(reversed(order) if reverse else order):
+            found[segment] = state
+            if step + 1 == len(order):
+                break
+            source = sources[segment - number - 1 if reverse else segment - number].double()
+            if step == 0:
+                state = source[..., :value_dim]
+                continue
+            if flows.shape[3] > value_dim:
+                transition = flows[segment - number, ..., value_dim:].double()
+            else:
+                chunks = total.view(-1, heads, total.numel() // (offsets[-1] * heads))
+                decay = chunks[offsets[segment] : offsets[segment + 1]].double().prod(0)
+                transition = torch.diag_embed(decay.expand(heads, key_dim))
+            state = (transition.mT if reverse else transition) @ state + source[..., :value_dim]
+    return found

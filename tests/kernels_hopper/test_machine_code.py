@@ -13,7 +13,7 @@ from machine_code import reads_of_unwritten
 
 CASES = ["32,32,1,1,1,bf16,0", "32,32,1,2,0,fp16,1", "64,64,1,1,1,bf16,0", "128,64,1,1,1,bf16,1"]
 
-ROWS = ["kda,128,bf16", "gla,64,fp16", "rwkv7,64,bf16", "product2,128,bf16"]
+ROWS = ["kda,128,bf16,1", "gla,64,fp16,1", "rwkv7,64,bf16,0", "product2,128,bf16,0"]
 
 FAULTY = """
         /*07e0*/                   UMOV UR11, 0x80000020 ;
@@ -55,5 +55,6 @@ def test_portable_kernels_of_rows(case):
     kernels = compiled("portable_rows_launches.py", case)
     names = {line.split(" | ")[0] for line in kernels}
     assert {"gram_kernel", "scan_kernel", "pairs_kernel", "pull_kernel"} <= names
+    assert ("compose_kernel" in names) == case.endswith("1")
     assert ("pull_strong_kernel" in names) == (not case.startswith("product"))
     assert [line for line in kernels if "|" in line] == []

@@ -8,11 +8,19 @@ pytest.importorskip("triton.experimental.gluon")
 import roles_on_cpu
 import rows_by_definition
 
+from parallelflow.kernels import segments
 from parallelflow.kernels.chunks import known_chunks, regular_chunks
 from parallelflow.kernels.hopper import rows_scan
 from parallelflow.kernels.rows.layout import NO_DECAY, SCALAR_DECAY, VECTOR_DECAY, Factor, Layout
 from parallelflow.kernels.rows.products import weights_of
-from parallelflow.kernels.rows.scan import forward_scan, recompute_scan, reverse_scan
+from parallelflow.kernels.rows.scan import (
+    flow_scan,
+    forward_scan,
+    recompute_scan,
+    reverse_flow_scan,
+    reverse_scan,
+    states_and_rows,
+)
 from parallelflow.testing import relative_error
 
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
@@ -78,19 +86,21 @@ def close(found, exact, dtype, what):
     assert error <= ROUNDINGS * UNIT[dtype], f"{what}: {error:.1e}"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
-    dtype = torch.float16 if packed else torch.bfloat16
-    layout, source_heads = layout_of(kind)
-    starts = lengths(layout, packed)
-    batch, time = (1, starts[-1]) if packed else (2, starts[1])
-    chunks = known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(batch, time, layout.C)
+def compare(layout, starts, chunks, cut, source_heads, dtype):
+    """All scans beside their definition over whole sequences."""
+    batch, time = (1, starts[-1]) if chunks.packed else (chunks.sequences, chunks.time)
     p, source, given, d_output, initial, d_final = rows_by_definition.draw(
         layout, chunks, batch, time, dtype, source_heads)  # fmt: skip
-    launch = rows_scan.launch
-    said, final = forward_scan(launch, p, source, given, layout, chunks, initial_state=initial, final_state=True)
-    entries, solution = recompute_scan(launch, p, source, given, layout, chunks, initial_state=initial)
+    launch, state, d_exit = rows_scan.launch, initial, d_final
+    if cut is not None:
+        flows = flow_scan(launch, p, source, given, layout, cut, initial_state=initial)
+        sources = reverse_flow_scan(launch, p, d_output, layout, cut, d_final_state=d_final)
+        state = rows_by_definition.composed(cut, flows, flows, p.total, initial, False)
+        d_exit = rows_by_definition.composed(cut, flows, sources, p.total, d_final, True)
+    where = (layout, chunks, cut)
+    said, final = forward_scan(launch, p, source, given, *where, initial_state=state, final_state=True)
+    entries, solution = states_and_rows(p, layout, chunks)
+    recompute_scan(launch, p, source, given, *where, initial_state=state, into=(entries, solution))
     exact = rows_by_definition.scan(
         layout, starts, p.reads, p.writes, p.queries, p.lone, p.inverse, p.lone_gram, p.scores, p.lone_scores, p.total,
         source, given, initial, False)  # fmt: skip
@@ -100,7 +110,7 @@ def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
     if layout.R:
         close(solution, exact[1], dtype, "X")
     exits, d_source, d_given, d_initial = reverse_scan(
-        launch, p, d_output, layout, chunks, d_final_state=d_final, initial_gradient=True)  # fmt: skip
+        launch, p, d_output, *where, d_final_state=d_exit, initial_gradient=True)  # fmt: skip
     turned = [None if x is None else x.mT for x in (p.inverse, p.scores, p.lone_gram, p.lone_scores)]
     exact = rows_by_definition.scan(
         layout, starts, p.writes, p.reads, p.lone, p.queries, *turned, p.total, None, d_output[:, :, None], d_final,
@@ -113,18 +123,52 @@ def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
         close(d_given, exact[0], dtype, "gradient of the lone values")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scans_are_their_definition(on_the_cpu, kind, packed):
+    layout, source_heads = layout_of(kind)
+    starts = lengths(layout, packed)
+    chunks = (
+        known_chunks(starts, layout.C, torch.device("cpu")) if packed else regular_chunks(2, starts[1], layout.C)
+    )  # fmt: skip
+    compare(layout, starts, chunks, None, source_heads, torch.float16 if packed else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [("kda-64", False), ("comba", True), ("gla", True), ("rwkv7", False), ("rwkv7", True), ("product-3", True),
+     ("product-4", False), ("mixed", True)],
+)  # fmt: skip
+def test_segments_are_the_whole(on_the_cpu, kind, packed):
+    """Two sequences, each chunk a segment; or packed ones in two segments, one (empty), one and three."""
+    layout, source_heads = layout_of(kind)
+    starts = lengths(layout, packed)
+    device = torch.device("cpu")
+    chunks = known_chunks(starts, layout.C, device) if packed else regular_chunks(2, starts[1], layout.C)
+    cut = segments._tables(starts, layout.C, (1, 1, 1, 2) if packed else (1, 1), device)
+    assert cut.flows >= 3
+    compare(layout, starts, chunks, cut, source_heads, torch.float16 if packed else torch.bfloat16)
+
+
 DIRECTIONS = {
     "forward": lambda launch, p, source, given, d_output, initial, d_final, *where: forward_scan(
         launch, p, source, given, *where, initial_state=initial, final_state=True),
     "again": lambda launch, p, source, given, d_output, initial, d_final, *where: recompute_scan(
-        launch, p, source, given, *where, initial_state=initial),
+        launch, p, source, given, *where, initial_state=initial, into=states_and_rows(p, *where[:2])),
     "reverse": lambda launch, p, source, given, d_output, initial, d_final, *where: reverse_scan(
         launch, p, d_output, *where, d_final_state=d_final, initial_gradient=True),
+    "flow": lambda launch, p, source, given, d_output, initial, d_final, layout, chunks, cut: flow_scan(
+        launch, p, source, given, layout, cut, initial_state=initial),
+    "reverse flow": lambda launch, p, source, given, d_output, initial, d_final, layout, chunks, cut: reverse_flow_scan(
+        launch, p, d_output, layout, cut, d_final_state=d_final),
 }  # fmt: skip
 COMPILED = [
     ("kda", "forward"), ("kda", "again"), ("kda", "reverse"), ("comba", "forward"), ("gla", "forward"),
     ("gla", "reverse"), ("rwkv7", "forward"), ("rwkv7", "reverse"), ("product-2", "forward"), ("product-2", "reverse"),
-    ("product-3", "forward"), ("product-8", "reverse"),
+    ("product-3", "forward"), ("product-8", "reverse"), ("kda", "flow"), ("gla", "flow"), ("rwkv7", "flow"),
+    ("product-3", "flow"), ("kda", "two flows"), ("gla", "two flows"), ("rwkv7", "two flows"),
+    ("product-4", "two flows"), ("kda", "reverse flow"), ("gla", "reverse flow"),
+    ("rwkv7", "reverse flow"),
 ]  # fmt: skip
 
 
@@ -149,12 +193,18 @@ def test_it_compiles(compile_for_hopper, monkeypatch, kind, direction):
 
     monkeypatch.setattr(rows_scan, "bind", bound)
     monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
+    two = direction == "two flows"  # on a multiprocessor, where there are more than one can have each
+    if two:
+        monkeypatch.setattr(rows_scan, "processors", lambda device: 1)
     arrays = rows_by_definition.draw(layout, chunks, 1, starts[-1], dtype, source_heads)
-    DIRECTIONS[direction](rows_scan.launch, *arrays, layout, chunks)
+    cut = segments._tables(starts, layout.C, (1, 1, 1, 2), torch.device("cpu"))
+    DIRECTIONS[direction.removeprefix("two ").replace("flows", "flow")](rows_scan.launch, *arrays, layout, chunks, cut)
     options, resources = made
     room = (options[name] for name in ("STAGES", "DEPTH", "PAIRS"))
-    reckoned = rows_scan.shared_bytes(layout, options["REVERSE"], options["SOURCE"] > 0, options["SAY"], *room)
-    assert resources.shared_bytes <= reckoned <= rows_scan.SHARED_BYTES
+    hand = not options["FLOW"]
+    reckoned = rows_scan.shared_bytes(layout, options["REVERSE"], options["SOURCE"] > 0, options["SAY"], hand, *room)
+    most = rows_scan.TWO if two else rows_scan.SHARED_BYTES
+    assert resources.shared_bytes <= reckoned <= most
     assert resources.spilled_bytes == 0
     assert not resources.unwritten
     assert not {"C7510", "C7512", "C7514"} & set(resources.remarks)

@@ -15,6 +15,10 @@ its 64 columns are the 64 rows that a warpgroup's product has: S^T [64, K], X^T 
     store   (1 warp)   sends what is said and, on request, X and the entry states to memory (TMA)
 
 U + couple given does not depend on the state: it is formed under the update of the chunk before.
+
+The flows of segments (``kernels/segments.py``) are the same scan without the output and store roles. P is that of K
+more value columns, from the identity and without values: the tiles of U and of what is given are cleared once, and no
+copy fills them.
 """
 
 from triton.experimental import gluon
@@ -38,16 +42,16 @@ def ring(descriptor, COUNT: gl.constexpr):
 
 @gluon.jit
 def fetch_rows(
-    descriptor, tile, full, first_token, end_token, i, column,
+    descriptor, tile, full, first_token, end_token, i, column, wanted,
     C: gl.constexpr, COUNT: gl.constexpr, HEIGHT: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's rows, COUNT a token, into a tile of HEIGHT of them."""
+    """A chunk's rows, COUNT a token, into a tile of HEIGHT of them, if wanted."""
     if COUNT & (COUNT - 1) == 0:
         window, skip = chunk_window(first_token, end_token, i, C, COUNT, HEIGHT)
-        tma.async_copy_global_to_shared(descriptor, [window, skip, column], full, tile)
+        tma.async_copy_global_to_shared(descriptor, [window, skip, column], full, tile, pred=wanted)
     else:  # places are an axis of their own: those beyond the count are beyond its end
         window, skip = chunk_window(first_token, end_token, i, C, 1, C)
-        tma.async_copy_global_to_shared(descriptor, [window, skip, 0, column], full, tile)
+        tma.async_copy_global_to_shared(descriptor, [window, skip, 0, column], full, tile, pred=wanted)
 
 
 @gluon.jit
@@ -66,9 +70,9 @@ def send_rows(
 
 @gluon.jit
 def fetch_for_state(
-    descriptors, tiles, ready, free, first_token, end_token, i, j, matrix, source_column, given_column, head,
+    descriptors, tiles, ready, free, first_token, end_token, i, j, matrix, source_column, given_column, head, unit,
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr,
-    DECAY: gl.constexpr, SOURCE: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
+    DECAY: gl.constexpr, SOURCE: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
     reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
@@ -77,38 +81,40 @@ def fetch_for_state(
     slot = j % STAGES
     full = ready.index(slot)
     COUPLED: gl.constexpr = (R > 0) and (GIVING > 0)
+    valued = unit < 0 if UNIT else True
     mbarrier.wait(free.index(slot), ((j // STAGES) & 1) ^ 1)
-    mbarrier.expect(
-        full,
-        2 * ((R > 0) * N * (2 * K + N) + (SOURCE > 0) * N * 64 + (GIVING > 0) * G * (K + 64) + COUPLED * N * G)
-        + 4 * ((SOURCE == 2) * N + (DECAY == 2) * K),
+    ROWS: gl.constexpr = 2 * ((R > 0) * N * (2 * K + N) + (GIVING > 0) * G * K + COUPLED * N * G) + 4 * (
+        (SOURCE == 2) * N + (DECAY == 2) * K
     )
+    mbarrier.expect(full, ROWS + 2 * 64 * ((SOURCE > 0) * N + (GIVING > 0) * G), pred=valued)
+    if UNIT:
+        mbarrier.expect(full, ROWS, pred=unit >= 0)
     if GIVING > 0:
-        fetch_rows(given, given_tiles.index(slot), full, first_token, end_token, i, given_column, C, GIVING, G)
+        fetch_rows(given, given_tiles.index(slot), full, first_token, end_token, i, given_column, valued, C, GIVING, G)
         if R > 0:
             tma.async_copy_global_to_shared(couple, [matrix * (G if REVERSE else N), 0], full, couple_tiles.index(slot))
     if SOURCE:
-        fetch_rows(source, source_tiles.index(slot), full, first_token, end_token, i, source_column, C, R, N)
+        fetch_rows(source, source_tiles.index(slot), full, first_token, end_token, i, source_column, valued, C, R, N)
     if SOURCE == 2:
         tma.async_copy_global_to_shared(weights, [matrix * N], full, weight_tiles.index(slot))
     if R > 0:
-        fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
+        fetch_rows(reads, reads_tiles.index(slot), full, first_token, end_token, i, head * K, True, C, R, N)
     if DECAY == 2:
         tma.async_copy_global_to_shared(totals, [matrix * K], full, total_tiles.index(slot))
     if R > 0:
         tma.async_copy_global_to_shared(inverse, [matrix * N, 0], full, inverse_tiles.index(slot))
-        fetch_rows(writes, writes_tiles.index(slot), full, first_token, end_token, i, head * K, C, R, N)
+        fetch_rows(writes, writes_tiles.index(slot), full, first_token, end_token, i, head * K, True, C, R, N)
     if GIVING > 0:
-        fetch_rows(gives, gives_tiles.index(slot), full, first_token, end_token, i, head * K, C, GIVING, G)
+        fetch_rows(gives, gives_tiles.index(slot), full, first_token, end_token, i, head * K, True, C, GIVING, G)
 
 
 @gluon.jit
 def load_role(
     descriptors, inner, outer, ready, free, heard, answered, first_token, end_token, chunk, source_column, given_column,
-    head, heads, count,
+    head, heads, unit, count,
     C: gl.constexpr, N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SAYING: gl.constexpr,
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, SOURCE: gl.constexpr, SAY: gl.constexpr,
-    STAGES: gl.constexpr, DEPTH: gl.constexpr, REVERSE: gl.constexpr,
+    UNIT: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     reads, writes, says, gives, inverse, couple, own, through, source, given, vectors = descriptors
     says_tiles, own_tiles, through_tiles = outer
@@ -118,7 +124,7 @@ def load_role(
             i = count - 1 - step if REVERSE else step
             fetch_for_state(
                 descriptors, inner, ready, free, first_token, end_token, i, step, (chunk + i) * heads + head,
-                source_column, given_column, head, C, N, G, R, GIVING, K, DECAY, SOURCE, STAGES, REVERSE,
+                source_column, given_column, head, unit, C, N, G, R, GIVING, K, DECAY, SOURCE, UNIT, STAGES, REVERSE,
             )  # fmt: skip
         if SAY:  # noqa: SIM102 - settled while compiling
             if step > 0:
@@ -129,7 +135,7 @@ def load_role(
                 full = heard.index(slot)
                 mbarrier.wait(answered.index(slot), ((j // DEPTH) & 1) ^ 1)
                 mbarrier.expect(full, 2 * S * (K + (R > 0) * N + (GIVING > 0) * G))
-                fetch_rows(says, says_tiles.index(slot), full, first_token, end_token, i, head * K, C, SAYING, S)
+                fetch_rows(says, says_tiles.index(slot), full, first_token, end_token, i, head * K, True, C, SAYING, S)
                 if R > 0:
                     row = matrix * (N if REVERSE else S)
                     tma.async_copy_global_to_shared(own, [row, 0], full, own_tiles.index(slot))
@@ -140,10 +146,11 @@ def load_role(
 
 @gluon.jit
 def state_role(
-    tiles, ready, free, handover, total_pointer, initial_pointer, final_pointer, chunk, head, heads, count, value_dim,
+    tiles, ready, free, handover, total_pointer, initial_pointer, final_pointer, chunk, head, heads, starting, owner,
+    unit, count, value_dim, width,
     N: gl.constexpr, G: gl.constexpr, R: gl.constexpr, GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr,
-    SOURCE: gl.constexpr, HAND: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr, STAGES: gl.constexpr,
-    PAIRS: gl.constexpr, REVERSE: gl.constexpr,
+    SOURCE: gl.constexpr, HAND: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr, FLOW: gl.constexpr,
+    UNIT: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     reads_tiles, writes_tiles, gives_tiles, inverse_tiles, couple_tiles, source_tiles, given_tiles, vector_tiles = tiles
     weight_tiles, total_tiles = vector_tiles
@@ -161,10 +168,18 @@ def state_role(
     along_keys: gl.constexpr = gl.SliceLayout(0, state_layout)
     KNOWN: gl.constexpr = (SOURCE > 0) or (GIVING > 0)  # whether a part of X does not depend on the state
     zero = gl.zeros([64, N if R > 0 else 64], gl.float32, rows_layout)
-    if INITIAL:
+    if FLOW:
+        row = gl.arange(0, 64, gl.SliceLayout(1, state_layout))[:, None]
+        column = gl.arange(0, K, gl.SliceLayout(0, state_layout))[None, :]
+    if INITIAL and FLOW:
+        there = (starting >= 0) & (unit < 0) & (row + column >= 0)
+        state = gl.load(initial_pointer + state_offsets(value_dim, state_layout, K), mask=there, other=0.0)
+    elif INITIAL:
         state = gl.load(initial_pointer + state_offsets(value_dim, state_layout, K))
     else:
         state = gl.zeros([64, K], gl.float32, state_layout)
+    if UNIT:
+        state = gl.where((unit >= 0) & (row + unit == column), 1.0, state)
     mbarrier.wait(ready.index(0), 0, pred=count > 0)
     known = zero
     if R > 0:
@@ -240,8 +255,9 @@ def state_role(
         else:
             state = warpgroup_mma_wait(0, deps=(update,))
         mbarrier.arrive(free.index(slot), count=1)
-    if FINAL:
-        gl.store(final_pointer + state_offsets(value_dim, state_layout, K), state)
+    if FINAL:  # noqa: SIM102 - settled while compiling
+        if owner >= 0:
+            gl.store(final_pointer + state_offsets(width, state_layout, K), state)
 
 
 @gluon.jit
@@ -329,31 +345,50 @@ def store_role(
 @gluon.jit(do_not_specialize=["time", "per_sequence", "heads", "source_heads", "given_heads", "value_dim"])
 def rows_kernel(
     reads, writes, says, gives, inverse, couple, own, through, source, weights, given, totals, solution, said, states,
-    total, initial, final, cu_seqlens, offsets, time, per_sequence, heads, source_heads, given_heads, value_dim,
+    total, initial, final, cu_seqlens, offsets, table, time, per_sequence, heads, source_heads, given_heads, value_dim,
     C: gl.constexpr, N: gl.constexpr, S: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SAYING: gl.constexpr,
     GIVING: gl.constexpr, K: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr,
     SOURCE: gl.constexpr, SAY: gl.constexpr, SAVE: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
-    STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr,
+    FLOW: gl.constexpr, OWNED: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G).  SOURCE: no U (0),
     U as it is (1), or times a weight a row (2).  STAGES and DEPTH are the chunks that the state's and the output's ring
-    hold, PAIRS the buffers for handing S and X over."""
+    hold, PAIRS the buffers for handing S and X over. FLOW, OWNED and ``table`` are those of ``rows/scan.py``."""
+    UNIT: gl.constexpr = FLOW and (R > 0) and not REVERSE
     program = gl.program_id(0)
     parts = value_dim // 64
+    width = value_dim
+    if UNIT:
+        parts += K // 64
+        width += K
     first_column = program % parts * 64
     head = (program // parts) % heads
-    sequence = program // parts // heads
+    number = program // parts // heads
+    sequence = number
+    starting = number
+    owner = number
+    if FLOW:
+        sequence = gl.load(table + 2 * number)
+        starting = gl.load(table + 2 * number + 1)
+    if OWNED:
+        owner = gl.load(table + number)
     first_token, end_token, chunk, _ = locate_sequence(sequence, time, time, per_sequence, cu_seqlens, offsets, PACKED)
     count = (end_token - first_token + C - 1) // C
     source_column = head // (heads // source_heads) * value_dim + first_column
     given_column = head // (heads // given_heads) * value_dim + first_column
+    unit = first_column - value_dim  # the column of the identity that this program begins with, if it is one
+    if UNIT:
+        count = gl.where((unit >= 0) & (starting >= 0), 0, count)
 
     HAND: gl.constexpr = SAY or SAVE
     SOLVED: gl.constexpr = R > 0
     GIVEN: gl.constexpr = GIVING > 0
     gl.static_assert((PAIRS == 2) or not SAVE)
     dtype: gl.constexpr = states.dtype
-    entry_tiles = ring(states, PAIRS)
+    if HAND:
+        entry_tiles = ring(states, PAIRS)
+    else:
+        entry_tiles = gl.allocate_shared_memory(dtype, [1, 8, 64], states.layout)
     # What is not there has another's place, and is not looked at.
     solution_tiles = ring(solution, PAIRS) if SOLVED and HAND else entry_tiles
     reads_tiles = ring(reads, STAGES) if SOLVED else entry_tiles
@@ -369,6 +404,16 @@ def rows_kernel(
     own_tiles = ring(own, DEPTH) if SAY and SOLVED else entry_tiles
     through_tiles = ring(through, DEPTH) if SAY and GIVEN else entry_tiles
     said_tile = gl.allocate_shared_memory(dtype, said.block_type.shape, said.layout) if SAY else entry_tiles
+
+    if UNIT and (SOURCE or GIVEN):  # noqa: SIM102 - settled while compiling
+        if unit >= 0:
+            clear: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            for i in gl.static_range(STAGES):
+                if SOURCE:
+                    source_tiles.index(i).reshape([N, 64]).store(gl.zeros([N, 64], dtype, clear))
+                if GIVEN:
+                    given_tiles.index(i).reshape([G, 64]).store(gl.zeros([G, 64], dtype, clear))
+            fence_async_shared()
 
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -400,28 +445,38 @@ def rows_kernel(
     outer = (says_tiles, own_tiles, through_tiles)
     handover = (entry_tiles, solution_tiles, handed, taken)
     outward = (said_tile, said_ready, said_free)
-    whole = (sequence * heads + head).to(gl.int64) * K * value_dim + first_column
-    begins = initial + whole
-    ends = final + whole
+    begins = initial + (gl.maximum(starting, 0) * heads + head).to(gl.int64) * K * value_dim + first_column
+    ends = final + (gl.maximum(owner, 0) * heads + head).to(gl.int64) * K * width + first_column
     if SAY:
         gl.warp_specialize([
-            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
-                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, STAGES, PAIRS, REVERSE)),
+            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, starting, owner, unit,
+                          count, value_dim, width, N, G, R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, FLOW, UNIT,
+                          STAGES, PAIRS, REVERSE)),
             (output_role, (inner, outer, ready, free, heard, answered, handover, outward, count, N, S, G, R, GIVING, K,
                            STAGES, DEPTH, PAIRS, REVERSE)),
             (load_role, (sources, inner, outer, ready, free, heard, answered, first_token, end_token, chunk,
-                         source_column, given_column, head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
-                         SOURCE, SAY, STAGES, DEPTH, REVERSE)),
+                         source_column, given_column, head, heads, unit, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
+                         SOURCE, SAY, UNIT, STAGES, DEPTH, REVERSE)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, heads, value_dim,
                           first_column, count, C, N, S, R, SAYING, SAY, SAVE, PAIRS, REVERSE)),
         ], [4, 1, 1], [120, 40, 40])  # fmt: skip
-    else:
+    elif SAVE:
         gl.warp_specialize([
-            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, count, value_dim, N, G,
-                          R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, STAGES, PAIRS, REVERSE)),
+            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, starting, owner, unit,
+                          count, value_dim, width, N, G, R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, FLOW, UNIT,
+                          STAGES, PAIRS, REVERSE)),
             (load_role, (sources, inner, outer, ready, free, heard, answered, first_token, end_token, chunk,
-                         source_column, given_column, head, heads, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
-                         SOURCE, SAY, STAGES, DEPTH, REVERSE)),
+                         source_column, given_column, head, heads, unit, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
+                         SOURCE, SAY, UNIT, STAGES, DEPTH, REVERSE)),
             (store_role, (targets, handover, outward, first_token, end_token, chunk, head, heads, value_dim,
                           first_column, count, C, N, S, R, SAYING, SAY, SAVE, PAIRS, REVERSE)),
         ], [1, 1], [40, 40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (state_role, (inner, ready, free, handover, total, begins, ends, chunk, head, heads, starting, owner, unit,
+                          count, value_dim, width, N, G, R, GIVING, K, DECAY, SOURCE, HAND, INITIAL, FINAL, FLOW, UNIT,
+                          STAGES, PAIRS, REVERSE)),
+            (load_role, (sources, inner, outer, ready, free, heard, answered, first_token, end_token, chunk,
+                         source_column, given_column, head, heads, unit, count, C, N, S, G, R, SAYING, GIVING, K, DECAY,
+                         SOURCE, SAY, UNIT, STAGES, DEPTH, REVERSE)),
+        ], [1], [40])  # fmt: skip

@@ -1,5 +1,10 @@
-"""Rows of every kind, forward and backward: prepare, scan; then scan again, scan in reverse, pairs, pull."""
+"""Rows of every kind, forward and backward: prepare, scan; then scan again, scan in reverse, pairs, pull.
 
+Where there are few heads, long sequences are cut into segments (``kernels/segments.py``): one more scan each way finds
+the segments' flows, ``compose`` the states at their entries and the gradients at their exits, then all run at once.
+"""
+
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -7,13 +12,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from parallelflow.kernels.chunks import Chunks, known_chunks, regular_chunks
+from parallelflow.kernels.compose import entry_states, exit_gradients
 from parallelflow.kernels.rows.layout import VECTOR_DECAY, Factor, Layout
 from parallelflow.kernels.rows.pairs import pairs
 from parallelflow.kernels.rows.prepare import Prepared, Whole, prepare, writes_are_given
 from parallelflow.kernels.rows.products import gathered, product, pull_product
 from parallelflow.kernels.rows.pull import PORTABLE, Tier, pull
-from parallelflow.kernels.rows.scan import Launch, forward_scan, launch, recompute_scan, reverse_scan
+from parallelflow.kernels.rows.scan import (
+    Launch,
+    flow_scan,
+    forward_scan,
+    launch,
+    programs,
+    recompute_scan,
+    reverse_flow_scan,
+    reverse_scan,
+    states_and_rows,
+)
 from parallelflow.kernels.rows.sums import converted
+from parallelflow.kernels.segments import Segments, known_segments, regular_segments
+from parallelflow.kernels.streams import aside, leaves_room, rejoin
 from parallelflow.problem import Inputs, Traits
 
 
@@ -30,10 +48,11 @@ class Rows:
         self.inputs, self.traits, self.tier = inputs, traits, tier
         self.layout = layout = Layout.of(inputs, traits)
         batch, time = inputs.query.shape[:2]
+        self.starts = None if sequence_starts is None else tuple(sequence_starts)
         self.chunks: Chunks = (
             regular_chunks(batch, time, layout.C)
-            if sequence_starts is None
-            else known_chunks(tuple(sequence_starts), layout.C, inputs.query.device)
+            if self.starts is None
+            else known_chunks(self.starts, layout.C, inputs.query.device)
         )
         self.scale = layout.K**-0.5 if traits.scale is None else traits.scale
         self.read = None if inputs.read is None else Factor(inputs.read, inputs.read_coefficient, traits.read_sign)
@@ -59,8 +78,8 @@ class Rows:
             prepared = prepared._replace(writes=None)
         return [tensor for tensor in prepared if tensor is not None]
 
-    def restored(self, kept: list[Tensor]) -> Prepared:
-        """What ``kept`` was made of."""
+    def restored(self, kept: list[Tensor]) -> tuple[Prepared, list[Tensor | None]]:
+        """What ``kept`` was made of, and what ``forward`` added: of ``widened``, or of whole sequences, nothing."""
         layout, given = self.layout, writes_are_given(self.layout, self.inputs.write)
         there = {
             "queries": True, "reads": layout.R > 0, "writes": layout.R > 0 and not given, "lone": layout.L > 0,
@@ -69,7 +88,7 @@ class Rows:
         }  # fmt: skip
         tensors = iter(kept)
         found = Prepared(**{name: next(tensors) if is_there else None for name, is_there in there.items()})  # type: ignore
-        return found._replace(writes=self.inputs.write) if given else found
+        return found._replace(writes=self.inputs.write) if given else found, list(tensors)
 
 
 def preparation_of(tier: str, layout: Layout, query: Tensor, read: Factor | None, write: Tensor | None,
@@ -83,14 +102,51 @@ def preparation_of(tier: str, layout: Layout, query: Tensor, read: Factor | None
     return None
 
 
-def scan_of(tier: str, layout: Layout, chunks: Chunks) -> Launch:
-    """What launches the scans of a tier, ``rows`` or ``hopper_rows``; the portable one past 32-bit coordinates."""
-    if tier == "hopper_rows":
-        from parallelflow.kernels.hopper import rows_scan
+class Scan:
+    """How a tier, ``rows`` or ``hopper_rows``, scans some rows with so many value channels: what launches it, the
+    portable kernel past 32-bit coordinates; the segments into which it cuts sequences (None: it does not); and whether
+    one scan leaves room for another beside it."""
 
-        if rows_scan.reaches(layout, chunks):
-            return rows_scan.launch
-    return launch
+    launch: Launch
+    cut: Segments | None
+
+    def __init__(self, rows: Rows, layout: Layout, batch_invariant: bool) -> None:
+        self.launch, self.layout, chunks, query = launch, layout, rows.chunks, rows.inputs.query
+        own = programs(layout, query.element_size())
+        if rows.tier == "hopper_rows":
+            from parallelflow.kernels.hopper import rows_scan
+
+            if rows_scan.reaches(layout, chunks):
+                self.launch, own = rows_scan.launch, rows_scan.programs(layout)
+        if not chunks.count:
+            self.cut = None
+        elif rows.starts is None:
+            self.cut = regular_segments(chunks.sequences, chunks.time, layout.C, *own, batch_invariant, query.device)
+        else:
+            self.cut = known_segments(rows.starts, layout.C, *own, batch_invariant, query.device)
+        sequences = chunks.sequences if self.cut is None else self.cut.layout.sequences
+        self.together = leaves_room(query.device, sequences * own[0])
+
+    def enter(self, prepared: Prepared, source: Factor | None, given: Tensor | None,
+              initial: Tensor | None) -> list[Tensor | None]:  # fmt: skip
+        """The states from which the scan starts and, of sequences in segments, the flows that they were found by."""
+        if self.cut is None:
+            return [initial]
+        flows = flow_scan(self.launch, prepared, source, given, self.layout, self.cut, initial_state=initial)
+        entries = flows.new_empty(self.cut.layout.sequences, *flows.shape[1:3], self.layout.V)
+        entry_states(flows, prepared.total, self.cut, initial, dense=self.layout.R > 0, into=entries)
+        return [entries, flows]
+
+    def leave(self, prepared: Prepared, d_output: Tensor, entered: list[Tensor | None],
+              d_final: Tensor | None) -> Tensor:  # fmt: skip
+        """The gradients of the states at the segments' exits, with what ``enter`` returned."""
+        _, flows = entered
+        assert self.cut is not None
+        assert flows is not None
+        sources = reverse_flow_scan(self.launch, prepared, d_output, self.layout, self.cut, d_final_state=d_final)
+        exits = flows.new_empty(self.cut.layout.sequences, *sources.shape[1:])
+        exit_gradients(flows, sources, prepared.total, self.cut, d_final, dense=self.layout.R > 0, into=exits)
+        return exits
 
 
 def pull_of(tier: str, layout: Layout, chunks: Chunks, read: Factor | None) -> Tier:
@@ -104,20 +160,23 @@ def pull_of(tier: str, layout: Layout, chunks: Chunks, read: Factor | None) -> T
 
 
 def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
-            need_final_state: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+            need_final_state: bool, batch_invariant: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Output ``[B, T, HV, V]``, final states ``[N, HV, K, V]`` in float32 if needed and, if ``keep``, what ``prepare``
-    made."""
+    made, and of sequences in segments the states at their entries and their flows."""
     rows = Rows(inputs, traits, sequence_starts, tier)
     prepared = rows.prepare()
-    scan = scan_of(tier, rows.layout, rows.chunks)
-    output, final = forward_scan(scan, prepared, rows.source, rows.given, rows.layout, rows.chunks,
-                                 initial_state=rows.initial, final_state=need_final_state)  # fmt: skip
-    return output, final, rows.kept(prepared) if keep else []
+    scan = Scan(rows, rows.layout, batch_invariant)
+    entered = scan.enter(prepared, rows.source, rows.given, rows.initial)
+    output, final = forward_scan(scan.launch, prepared, rows.source, rows.given, rows.layout, rows.chunks, scan.cut,
+                                 initial_state=entered[0], final_state=need_final_state)  # fmt: skip
+    of_segments = [tensor for tensor in entered if tensor is not None] if scan.cut is not None else []
+    return output, final, [*rows.kept(prepared), *of_segments] if keep else []
 
 
 def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``forward`` of a regular batch whose initial states have more channels than its values, those beyond being 0:
-    what ``prepare`` made is that of the same tokens with any initial state, and chunks are those of the values."""
+    """``forward`` of a regular batch whose initial states may have more channels than its values, those beyond being 0:
+    what ``prepare`` made, which alone is kept, is that of the same tokens with any initial state, and chunks are those
+    of the values."""
     assert inputs.initial_state is not None
     rows = Rows(inputs, traits, None, tier)
     layout = replace(rows.layout, V=inputs.initial_state.shape[-1])
@@ -125,29 +184,38 @@ def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tens
     source = None if rows.source is None else rows.source._replace(vector=pad(rows.source.vector, (0, more)))
     given = None if rows.given is None else pad(rows.given, (0, more))
     prepared = rows.prepare()
-    scan = scan_of(tier, layout, rows.chunks)
-    output, final = forward_scan(scan, prepared, source, given, layout, rows.chunks, initial_state=rows.initial,
-                                 final_state=True)  # fmt: skip
+    scan = Scan(rows, layout, True)
+    state = scan.enter(prepared, source, given, rows.initial)[0]
+    output, final = forward_scan(scan.launch, prepared, source, given, layout, rows.chunks, scan.cut,
+                                 initial_state=state, final_state=True)  # fmt: skip
     assert final is not None
     return output, final, rows.kept(prepared) if keep else []
 
 
 def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
-             d_output: Tensor, d_final: Tensor | None) -> Inputs:  # fmt: skip
+             d_output: Tensor, d_final: Tensor | None, batch_invariant: bool) -> Inputs:  # fmt: skip
     """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
     rows = Rows(inputs, traits, sequence_starts, tier)
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
-    prepared = rows.prepare() if not saved else rows.restored(saved)
+    prepared, entered = rows.restored(saved) if saved else (rows.prepare(), [])
     d_output = d_output.contiguous()
-    d_final = None if d_final is None else d_final.float().contiguous()
-    scan = scan_of(tier, layout, chunks)
-    entries, solution = recompute_scan(scan, prepared, rows.source, rows.given, layout, chunks,
-                                       initial_state=rows.initial)  # fmt: skip
+    d_exit = None if d_final is None else d_final.float().contiguous()
+    scan = Scan(rows, layout, batch_invariant)
+    if not entered:
+        entered = scan.enter(prepared, rows.source, rows.given, rows.initial)
+    entries, solution = states_and_rows(prepared, layout, chunks)
+    with aside(d_output.device) if scan.together else nullcontext():
+        recompute_scan(scan.launch, prepared, rows.source, rows.given, layout, chunks, scan.cut,
+                       initial_state=entered[0], into=(entries, solution))  # fmt: skip
+    if scan.cut is not None:
+        d_exit = scan.leave(prepared, d_output, entered, d_exit)
     exits, d_source, d_given, d_initial = reverse_scan(
-        scan, prepared, d_output, layout, chunks, d_final_state=d_final,
+        scan.launch, prepared, d_output, layout, chunks, scan.cut, d_final_state=d_exit,
         initial_gradient=rows.initial is not None)  # fmt: skip
+    if scan.together:
+        rejoin(d_output.device)
     total, floors = prepared.total, prepared.floors
-    del prepared, saved  # their memory is free for the gradients
+    del prepared, saved, entered  # their memory is free for the gradients
     pulling = pull_of(tier, layout, chunks, rows.read)
     met = pairs(solution, rows.given, d_source, d_output, of.log_decay, floors, layout, chunks,
                 strong_alone=pulling.forms_pairs)  # fmt: skip

@@ -57,7 +57,7 @@ def whole(inputs: Inputs) -> Inputs:
 
 
 def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
-            need_final_state: bool, decided: dict[Any, Any] | None,
+            need_final_state: bool, batch_invariant: bool, decided: dict[Any, Any] | None,
             ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """``engine.forward``; what is kept may come in one piece. ``decided``: see ``Kind.of``."""
     inputs = whole(inputs)
@@ -65,7 +65,9 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, t
     one, own = kind.one("forward", keep, need_final_state), kind.own(inputs)
 
     def compute() -> Passed:
-        output, final, kept = engine.forward(inputs, traits, sequence_starts, tier, keep, need_final_state)
+        output, final, kept = engine.forward(
+            inputs, traits, sequence_starts, tier, keep, need_final_state, batch_invariant
+        )
         return (output, final), kept
 
     (output, final), kept = one.run(own, compute)
@@ -78,7 +80,8 @@ def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, t
 
 
 def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
-             d_output: Tensor, d_final: Tensor | None, decided: dict[Any, Any] | None) -> Inputs:  # fmt: skip
+             d_output: Tensor, d_final: Tensor | None, batch_invariant: bool,
+             decided: dict[Any, Any] | None) -> Inputs:  # fmt: skip
     """``engine.backward``."""
     inputs, d_output = whole(inputs), d_output.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous()
@@ -87,7 +90,8 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
 
     def compute() -> Passed:
         kept = kind.opened(saved)
-        return engine.backward(inputs, traits, sequence_starts, tier, kept, d_output, d_final), []
+        arguments = inputs, traits, sequence_starts, tier, kept, d_output, d_final, batch_invariant
+        return engine.backward(*arguments), []
 
     found, _ = one.run((*kind.own(inputs), *saved, d_output, d_final), compute)
     if decided is not None:

@@ -9,7 +9,10 @@ Forward: given are the lone rows' values, said the outputs. In reverse S is the 
 change places, says and gives too, and each matrix is transposed: given is the outputs' gradient, X that of U, said that
 of the lone rows' values (`parallelflow.system.System.transposed` has the same in plain tensors).
 
-The three scans of a pass are told what launches them: the kernel here, or Hopper's (``kernels/hopper/rows_scan.py``).
+The flows S -> P S + H of segments (``kernels/segments.py``) come from the same kernel: H is the final state from zero,
+P that from the identity without U and given, K more value channels. In reverse no P is wanted: it is the transpose.
+
+The scans of a pass are told what launches them: the kernel here, or Hopper's (``kernels/hopper/rows_scan.py``).
 """
 
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from parallelflow.kernels.products import float32_precision, product
 from parallelflow.kernels.rows.factors import load_factor, load_rows, store_rows
 from parallelflow.kernels.rows.layout import SMALLEST_TILE, Factor, Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import Prepared, of_factor
+from parallelflow.kernels.segments import Segments
 
 Launch = Callable[..., None]  # ``launch`` below, or Hopper's
 
@@ -41,29 +45,50 @@ def matrix(base, flat, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.con
 
 @triton.jit(do_not_specialize=["time", "per_sequence"])
 def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total, source, source_coefficient, given,
-                initial, solution, said, states, final, cu_seqlens, offsets, time, per_sequence,
+                initial, solution, said, states, final, cu_seqlens, offsets, table, time, per_sequence,
                 C: tl.constexpr, N: tl.constexpr, S: tl.constexpr, G: tl.constexpr,
                 R: tl.constexpr, SAYING: tl.constexpr, GIVING: tl.constexpr,
                 HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                 DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SOURCE: tl.constexpr,
                 SOURCE_HEADS: tl.constexpr, SOURCE_KIND: tl.constexpr, SOURCE_COEFFICIENT_HEADS: tl.constexpr,
                 SOURCE_SIGN: tl.constexpr, GIVEN_HEADS: tl.constexpr, SAY: tl.constexpr, SAVE: tl.constexpr,
-                HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G)."""
-    tiles = tl.cdiv(V, BV)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % HV
-    sequence = tl.program_id(0) // tiles // HV
+                HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLOW: tl.constexpr, OWNED: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Rows a token: R solved for (tile N), SAYING that say (tile S), GIVING that are given (tile G).
+
+    FLOW: ``table`` [F, 2] names segments, each beside the sequence, if any (else -1), whose state it starts from, as
+    ``initial`` has it; the others start from zero. The final states are [H | P] (H without R, and in reverse), P left
+    open where a segment starts from a sequence's state. OWNED: ``table`` [S] names for each segment the sequence, if
+    any, whose final state it ends with.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    UNIT: tl.constexpr = FLOW and R > 0 and not REVERSE
+    all_tiles: tl.constexpr = tiles + ((K + BV - 1) // BV if UNIT else 0)
+    tile = tl.program_id(0) % all_tiles
+    head = (tl.program_id(0) // all_tiles) % HV
+    number = tl.program_id(0) // all_tiles // HV
+    sequence = number
+    starting = number
+    owner = number
+    if FLOW:
+        sequence = tl.load(table + 2 * number)
+        starting = tl.load(table + 2 * number + 1)
+    if OWNED:
+        owner = tl.load(table + number)
     begin, time_here, chunk = locate_sequence(sequence, cu_seqlens, offsets, time, per_sequence, PACKED)
     channel = tile * BV + tl.arange(0, BV)
     column = tl.arange(0, BK)
     across = column[None, :] * V + channel[:, None]  # the state in memory is [K, V]
     inside = (column < K)[None, :] & (channel < V)[:, None]
-    whole = (sequence.to(tl.int64) * HV + head) * K * V
     if HAS_INITIAL:
-        state = tl.load(initial + whole + across, mask=inside, other=0.0)
+        whole = (tl.maximum(starting, 0).to(tl.int64) * HV + head) * K * V
+        state = tl.load(initial + whole + across, mask=inside & (starting >= 0), other=0.0)
     else:
         state = tl.zeros([BV, BK], tl.float32)
+    if UNIT:  # channels beyond V: all that is loaded for them is zero
+        unit = (tile - tiles) * BV + tl.arange(0, BV)
+        state = tl.where((tile >= tiles) & (unit[:, None] == column[None, :]), 1.0, state)
+        time_here = tl.where((tile >= tiles) & (starting >= 0), 0, time_here)
     DTYPE: tl.constexpr = says.dtype.element_ty if SAY else writes.dtype.element_ty if R > 0 else gives.dtype.element_ty
     steps = tl.cdiv(time_here, C)
     for count in range(steps):
@@ -109,7 +134,14 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
             w = load_rows(gives, first, length, head, column, G, GIVING, HV, HV, K)
             state += tl.dot(u, w, input_precision=PRECISION)
     if HAS_FINAL:
-        tl.store(final + whole + across, state, mask=inside)
+        WIDTH: tl.constexpr = V + K if UNIT else V
+        there = channel < V
+        if UNIT:
+            there = tl.where(tile >= tiles, unit < K, there)
+            channel = tl.where(tile >= tiles, V + unit, channel)
+        whole = (tl.maximum(owner, 0).to(tl.int64) * HV + head) * K * WIDTH
+        tl.store(final + whole + column[None, :] * WIDTH + channel[:, None], state,
+                 mask=(column < K)[None, :] & there[:, None] & (owner >= 0))  # fmt: skip
 
 
 def configuration(layout: Layout, element_size: int) -> dict[str, int]:
@@ -120,9 +152,17 @@ def configuration(layout: Layout, element_size: int) -> dict[str, int]:
     return {"BK": width, "BV": width_of(layout.V, tile), "num_warps": 4, "num_stages": 1}
 
 
+def programs(layout: Layout, element_size: int) -> tuple[int, int]:
+    """How many carry one sequence's state, and how many more the P of a segment."""
+    tile = configuration(layout, element_size)["BV"]
+    return (layout.value_heads * triton.cdiv(layout.V, tile),
+            layout.value_heads * triton.cdiv(layout.K, tile) if layout.R else 0)  # fmt: skip
+
+
 def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
-           total, source, given, initial, solution, said, states, final) -> None:  # fmt: skip
-    """One direction of the scan: what is None is not there, or not wanted."""
+           total, source, given, initial, solution, said, states, final, flows=None, owners=None) -> None:  # fmt: skip
+    """One direction of the scan: what is None is not there, or not wanted. ``flows``: the final states are those of
+    the segments that it names; ``owners`` names the sequences whose final states segments end with."""
     like = next(each for each in (says, writes, gives) if each is not None)
     options = configuration(layout, like.element_size())
     lone = (layout.L, layout.M)
@@ -132,61 +172,87 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
         HV=layout.value_heads, K=layout.K, V=layout.V, DECAY=layout.decay, REVERSE=reverse, PACKED=chunks.packed,
         SOURCE=source is not None, **of_factor("SOURCE", source), GIVEN_HEADS=heads_of(given),
         SAY=said is not None, SAVE=states is not None,
-        HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, PRECISION=float32_precision(like.device),
-        **options)  # fmt: skip
+        HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, FLOW=flows is not None,
+        OWNED=owners is not None, PRECISION=float32_precision(like.device), **options)  # fmt: skip
     values, coefficient = (None, None) if source is None else (source.vector, source.coefficient)
-    programs = chunks.sequences * layout.value_heads * triton.cdiv(layout.V, options["BV"])
-    if programs:
-        bound(programs, reads, writes, says, gives, inverse, couple, own, through, total, values, coefficient, given,
-              initial, solution, said, states, final, chunks.cu_seqlens, chunks.offsets, chunks.time,
-              chunks.per_sequence)  # fmt: skip
+    count, units = programs(layout, like.element_size())
+    count = chunks.sequences * count if flows is None else len(flows) * (count + (0 if reverse else units))
+    if count:
+        bound(count, reads, writes, says, gives, inverse, couple, own, through, total, values, coefficient, given,
+              initial, solution, said, states, final, chunks.cu_seqlens, chunks.offsets,
+              owners if flows is None else flows, chunks.time, chunks.per_sequence)  # fmt: skip
 
 
-def _state(like: Tensor, layout: Layout, chunks: Chunks, there: bool) -> Tensor | None:
-    if not there:
-        return None
-    return like.new_empty(chunks.sequences, layout.value_heads, layout.K, layout.V, dtype=torch.float32)
+def _state(like: Tensor, layout: Layout, count: int, more: int = 0) -> Tensor:
+    return like.new_empty(count, layout.value_heads, layout.K, layout.V + more, dtype=torch.float32)
 
 
 def forward_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
-                 chunks: Chunks, *, initial_state: Tensor | None,
+                 chunks: Chunks, cut: Segments | None, *, initial_state: Tensor | None,
                  final_state: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Outputs ``[B, T, HV, V]`` and, if asked, the final states ``[N, HV, K, V]`` in float32."""
+    """Outputs ``[B, T, HV, V]`` and, if asked, the final states ``[N, HV, K, V]`` in float32. Of sequences in segments
+    the initial states are those of the segments."""
     batch, time = prepared.queries.shape[:2]
     output = prepared.queries.new_empty(batch, time, layout.value_heads, layout.V)
-    final = _state(output, layout, chunks, final_state)
+    final = _state(output, layout, chunks.sequences) if final_state else None
     p = prepared
-    launch(layout, chunks, False, p.reads, p.writes, p.queries, p.lone, p.inverse, p.lone_gram, p.scores,
-           p.lone_scores, p.total, source, given, initial_state, None, output, None, final)  # fmt: skip
+    launch(layout, chunks if cut is None else cut.layout, False, p.reads, p.writes, p.queries, p.lone, p.inverse,
+           p.lone_gram, p.scores, p.lone_scores, p.total, source, given, initial_state, None, output, None, final,
+           owners=None if cut is None else cut.ended)  # fmt: skip
     return output, final
 
 
-def recompute_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
-                   chunks: Chunks, *, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Transposed states at the chunks' entries ``[chunks, HV, V, K]`` and X ``[B, T, R, HV, V]``."""
-    states, solution = _kept(prepared, layout, chunks)
+def flow_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
+              cut: Segments, *, initial_state: Tensor | None) -> Tensor:  # fmt: skip
+    """[H | P] of the leading segments, ``[F, HV, K, V + K]`` in float32 ([H] of rows that only write). Of the segment
+    that begins a sequence H is what the initial state becomes, and P is left open."""
     p = prepared
-    launch(layout, chunks, False, p.reads, p.writes, None, p.lone, p.inverse, p.lone_gram, None, None, p.total, source,
-           given, initial_state, solution, None, states, None)  # fmt: skip
-    return states, solution
+    flows = _state(p.queries, layout, cut.flows, layout.K if layout.R else 0)
+    launch(layout, cut.layout, False, p.reads, p.writes, None, p.lone, p.inverse, p.lone_gram, None, None, p.total,
+           source, given, initial_state, None, None, None, flows, flows=cut.leading)  # fmt: skip
+    return flows
 
 
-def reverse_scan(launch: Launch, prepared: Prepared, d_output: Tensor, layout: Layout, chunks: Chunks, *,
-                 d_final_state: Tensor | None,
+def recompute_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
+                   chunks: Chunks, cut: Segments | None, *, initial_state: Tensor | None,
+                   into: tuple[Tensor, Tensor | None]) -> None:  # fmt: skip
+    """Transposed states at the chunks' entries ``[chunks, HV, V, K]`` and X ``[B, T, R, HV, V]`` (``states_and_rows``
+    makes room)."""
+    states, solution = into
+    p = prepared
+    launch(layout, chunks if cut is None else cut.layout, False, p.reads, p.writes, None, p.lone, p.inverse,
+           p.lone_gram, None, None, p.total, source, given, initial_state, solution, None, states, None)  # fmt: skip
+
+
+def reverse_scan(launch: Launch, prepared: Prepared, d_output: Tensor, layout: Layout, chunks: Chunks,
+                 cut: Segments | None, *, d_final_state: Tensor | None,
                  initial_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Transposed gradients of the chunks' exit states, of U, of the lone rows' values, of the initial state."""
-    states, solution = _kept(prepared, layout, chunks)
+    """Transposed gradients of the chunks' exit states, of U, of the lone rows' values, of the initial state. Of
+    sequences in segments the final states' gradients are those of the segments."""
+    states, solution = states_and_rows(prepared, layout, chunks)
     batch, time = d_output.shape[:2]
     d_given = d_output.new_empty(batch, time, layout.L, layout.value_heads, layout.V) if layout.L else None
-    d_initial = _state(d_output, layout, chunks, initial_gradient)
+    d_initial = _state(d_output, layout, chunks.sequences) if initial_gradient else None
     p = prepared
-    launch(layout, chunks, True, p.writes, p.reads, p.lone, p.queries, p.inverse, p.scores, p.lone_gram, p.lone_scores,
-           p.total, None, d_output, d_final_state, solution, d_given, states, d_initial)  # fmt: skip
+    launch(layout, chunks if cut is None else cut.layout, True, p.writes, p.reads, p.lone, p.queries, p.inverse,
+           p.scores, p.lone_gram, p.lone_scores, p.total, None, d_output, d_final_state, solution, d_given, states,
+           d_initial, owners=None if cut is None else cut.begun)  # fmt: skip
     return states, solution, d_given, d_initial
 
 
-def _kept(prepared: Prepared, layout: Layout, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
-    """Room for a scan's states and its X."""
+def reverse_flow_scan(launch: Launch, prepared: Prepared, d_output: Tensor, layout: Layout, cut: Segments, *,
+                      d_final_state: Tensor | None) -> Tensor:  # fmt: skip
+    """The gradients of the trailing segments' entry states if those of their exit states were zero, ``[F, HV, K, V]``
+    in float32; of the segment that ends a sequence the whole of it, as its final state has a gradient."""
+    sources = _state(d_output, layout, cut.flows)
+    p = prepared
+    launch(layout, cut.layout, True, p.writes, p.reads, None, p.queries, p.inverse, p.scores, None, None, p.total, None,
+           d_output, d_final_state, None, None, None, sources, flows=cut.trailing)  # fmt: skip
+    return sources
+
+
+def states_and_rows(prepared: Prepared, layout: Layout, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
+    """Room for a scan's states, transposed, and its X."""
     like = prepared.queries
     batch, time = like.shape[:2]
     states = like.new_empty(chunks.count, layout.value_heads, layout.V, layout.K)
