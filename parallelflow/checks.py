@@ -5,12 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+one_token: ContextVar[bool] = ContextVar("one_token", default=False)
+"""Set where tensors were given without their time axis, and the initial state as ``state``: messages say it so."""
+
+
+def state_name() -> str:
+    """What the caller knows the initial state by."""
+    return "state" if one_token.get() else "initial_state"
 
 
 def show(tensor: Tensor) -> str:
@@ -20,7 +29,7 @@ def show(tensor: Tensor) -> str:
 
 def fingerprint(*tensors: Tensor | None) -> list[object]:
     """What checks of shapes look at, in a form that can be compared and hashed."""
-    return [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else type(t) for t in tensors]
+    return [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in tensors]
 
 
 class Memory(Generic[T]):
@@ -50,12 +59,20 @@ def expect_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
+def expect_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError unless ``value`` is of this class, or of one of these."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+
+
 def expect_floating(name: str, value: object) -> None:
-    """TypeError unless ``value`` is a tensor of a floating-point dtype."""
+    """TypeError unless ``value`` is a dense tensor of a floating-point dtype."""
     expect_tensor(name, value)
     assert isinstance(value, Tensor)
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor, torch.strided")
 
 
 def expect_rank(name: str, value: Tensor, layout: str, *ranks: int) -> None:
@@ -143,8 +160,9 @@ def _check_layouts(tensors: dict[str, tuple[Tensor | None, str]]) -> None:
         expect_floating(name, tensor)
         assert tensor is not None
         letters = layout.removesuffix("?").split()
-        shown = f"[{', '.join(letters)}]"
-        expect_rank(name, tensor, shown, len(letters))
+        if tensor.ndim != len(letters):
+            came, shown = _as_given(tensor, letters)
+            raise ValueError(f"{name}: got shape {came} with {len(came)} axes, expected {shown}")
         if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:
@@ -154,8 +172,17 @@ def _check_layouts(tensors: dict[str, tuple[Tensor | None, str]]) -> None:
             if len(choices) == 1:
                 sizes.setdefault(letter, size)
             if size not in [sizes[choice] for choice in choices]:
-                expected = ", ".join(str(sizes.get(each, each)) for each in letters)
-                raise ValueError(f"{name}: got shape {show(tensor)}, expected {shown} = [{expected}]")
+                came, shown = _as_given(tensor, letters)
+                expected = ", ".join(str(sizes.get(each, each)) for each in shown[1:-1].split(", "))
+                raise ValueError(f"{name}: got shape {came}, expected {shown} = [{expected}]")
     heads, value_heads = sizes.get("H"), sizes.get("HV")
-    if heads is not None and value_heads is not None and (heads == 0 or value_heads % heads):
+    if heads is not None and value_heads is not None and heads and value_heads % heads:
         raise ValueError(f"value: got {value_heads} heads, expected a multiple of the query's {heads}")
+
+
+def _as_given(tensor: Tensor, letters: list[str]) -> tuple[list[int], str]:
+    """Shape and layout as the caller has them: a step's tensors have no time axis."""
+    shape = list(tensor.shape)
+    if one_token.get() and "T" in letters:
+        shape, letters = shape[:1] + shape[2:], [letter for letter in letters if letter != "T"]
+    return shape, f"[{', '.join(letters)}]"

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from parallelflow import drivers
 from parallelflow.again import remembered
-from parallelflow.checks import check_layouts, nearest
+from parallelflow.checks import check_layouts, expect_flag, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
 from parallelflow.integrate import Result, ResultWithStates, integrate
@@ -50,6 +50,7 @@ def linear_attention(
     """
     check_layouts(query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"))
     query, key, rest = _prepare(query, key, options)
+    expect_flag("normalize", normalize)
     if not normalize:
         return integrate(drivers.linear_attention(key, value), query, **rest)
     for name, tensor in (("key", key), ("value", value)):
@@ -356,9 +357,11 @@ def _prepare(
             known = ", ".join(OPTION_NAMES)
             raise TypeError(f"{name}: unknown option{nearest(name, OPTION_NAMES)}; the options are {known}")
     rest: Any = dict(options)
+    normalize = rest.pop("normalize_query_key", False)
+    expect_flag("normalize_query_key", normalize)
     if rest.get("scale") is None:
         rest["scale"] = scale
-    if rest.pop("normalize_query_key", False):
+    if normalize:
         query, key = _normalized(query), _normalized(key)
     return query, key, rest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,15 @@ from torch._compile import _disable_dynamo
 
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, nothing_to_record, run
-from parallelflow.checks import expect_choice, expect_flag, expect_number, expect_positive_integer, expect_tensor, show
+from parallelflow.checks import (
+    expect_choice,
+    expect_flag,
+    expect_number,
+    expect_positive_integer,
+    expect_tensor,
+    show,
+    state_name,
+)
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.kernels import serving as short
@@ -111,7 +120,7 @@ def integrate(
             tokens; outputs are of all tokens. So tokens are verified with 0 (no state is written), and what was
             accepted of them is run again, before the next ones, with its number.
         cu_seqlens: ``[N + 1]`` int32 or int64, the packed sequences' first tokens, then T; B must be 1. An empty
-            sequence keeps its initial state.
+            sequence keeps its initial state. On the query's device, or on the host.
         cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation (there is none either where
             the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
@@ -153,6 +162,7 @@ def integrate(
     """
     if not isinstance(driver, (LowRankDriver, DriverSource)):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
+    _check_flags(return_final_state, in_place, batch_invariant, validate)
     store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):
         # Shapes are checked before rows are combined.
@@ -169,9 +179,18 @@ def integrate(
             {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend},
             validate, context_group, context_lengths, return_final_state, final_state_on,
         )  # fmt: skip
+    if context_lengths is not None or final_state_on != "last":
+        name, came = (
+            ("final_state_on", repr(final_state_on)) if context_lengths is None else ("context_lengths", "some")
+        )
+        raise ValueError(f"{name}: got {came} without a context_group, of whose ranks it is; expected none")
+    if accepted_tokens is not None and not return_final_state and not in_place:
+        raise ValueError(
+            "accepted_tokens: got some without return_final_state or in_place, expected one of them: only the final "
+            "state depends on them"
+        )
     driver = discretize(driver, discretization)
     _check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
-    expect_flag("batch_invariant", batch_invariant)
     if state_positions is not None:
         if not store.plain():
             raise ValueError(
@@ -197,6 +216,8 @@ def integrate(
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
     if checking:
         _check_log_decay(driver.log_decay)
+    if cu_seqlens is not None and cu_seqlens.device != query.device:
+        cu_seqlens = cu_seqlens.to(query.device)  # given on the host, which kernels do not read
     if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored() or short.fits(initial_state)):
         said, state = advance_short(inputs, traits, store, cu_seqlens, decided)
         return Result(said, state if return_final_state else None)
@@ -282,12 +303,22 @@ def _over_ranks(
     ))  # fmt: skip
 
 
+def _check_flags(return_final_state: bool, in_place: bool, batch_invariant: bool, validate: bool | None) -> None:
+    expect_flag("return_final_state", return_final_state)
+    expect_flag("in_place", in_place)
+    expect_flag("batch_invariant", batch_invariant)
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate: got {validate!r}, expected True, False or None")
+
+
 def _check_choices(
     chunk_size: int, scale: float | None, solver: str, aggregate: str, aggregates: Sequence[str], backend: str
 ) -> None:
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
+        if not torch.compiler.is_compiling() and not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale}, expected a finite number")
     expect_choice("solver", solver, SOLVERS)
     expect_choice("aggregate", aggregate, aggregates)
     expect_choice("backend", backend, BACKENDS)
@@ -331,7 +362,15 @@ def _meant(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> tuple[st
     tier = "torch" if plan.compiled else tier
     if tier == "torch":
         return tier, None
-    return tier, refusal(tier, inputs, traits) if plan == Plan() else f"{plan}, expected {Plan()}"
+    return tier, refusal(tier, inputs, traits) if plan == Plan() else _chosen(plan)
+
+
+def _chosen(plan: Plan) -> str:
+    """What was chosen that kernels choose themselves."""
+    usual = Plan()
+    names = [name for name in ("chunk_size", "solver", "aggregate") if getattr(plan, name) != getattr(usual, name)]
+    came, expected = (", ".join(f"{name}={getattr(each, name)!r}" for name in names) for each in (plan, usual))
+    return f"{came}, expected {expected}, as it is unless given: kernels choose for themselves"
 
 
 def _sequence_starts(
@@ -357,6 +396,10 @@ def _sequence_starts(
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
             if tensor.ndim != 1 or tensor.shape[0] < 2:
                 raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
+        if cu_seqlens.device != inputs.query.device and cu_seqlens.device.type != "cpu":
+            raise ValueError(
+                f"cu_seqlens: got device {cu_seqlens.device}, expected the query's, {inputs.query.device}, or cpu"
+            )
         if cu_seqlens_cpu is not None:
             if cu_seqlens_cpu.device.type != "cpu":
                 raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
@@ -371,7 +414,7 @@ def _sequence_starts(
         store.check(inputs.initial_state, inputs.query, cu_seqlens, checking)
     if inputs.initial_state is not None and store.indices is None and inputs.initial_state.shape[0] != sequences:
         raise ValueError(
-            f"initial_state: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
+            f"{state_name()}: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
         )
     if cu_seqlens is None or torch.compiler.is_compiling() or not (on_host or cu_seqlens_cpu is not None):
         return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_kind, expect_positive_integer
 
 IGNORED = -100
 """The label of a position where nothing is asked, as ``cross_entropy`` leaves it out."""
@@ -40,6 +40,8 @@ class Task(ABC):
         """
         expect_positive_integer("count", count)
         expect_positive_integer("length", length)
+        if generator is not None:
+            expect_kind("generator", generator, torch.Generator, "a torch.Generator or None")
         tokens = self.tokens(count, length, generator)
         return Sequences(tokens, self.labels(tokens))
 
