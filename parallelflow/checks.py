@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ one_token: ContextVar[bool] = ContextVar("one_token", default=False)
 
 def state_name() -> str:
     """What the caller knows the initial state by."""
-    return "state" if one_token.get() else "initial_state"
+    return "state" if not torch.compiler.is_compiling() and one_token.get() else "initial_state"
 
 
 def show(tensor: Tensor) -> str:
@@ -127,6 +128,45 @@ def expect_positive_integer(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r}, expected a positive integer")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected a positive integer")
+
+
+def expect_offsets(cu_seqlens: object, cu_seqlens_cpu: object, line: Tensor) -> None:
+    """TypeError or ValueError unless these can be the offsets ``[N + 1]`` of sequences packed on a line ``[1, T, …]``,
+    and the same on the host (or None). Their numbers are not looked at: ``expect_starts``."""
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+        if tensor is None and name == "cu_seqlens_cpu":
+            continue
+        expect_tensor(name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
+        if tensor.ndim != 1 or tensor.shape[0] < 2:
+            raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.device != line.device and cu_seqlens.device.type != "cpu":
+        raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}, expected the tokens', {line.device}, or cpu")
+    if isinstance(cu_seqlens_cpu, Tensor):
+        if cu_seqlens_cpu.device.type != "cpu":
+            raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
+        if cu_seqlens_cpu.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"cu_seqlens_cpu: got shape {show(cu_seqlens_cpu)}, expected that of cu_seqlens, {show(cu_seqlens)}"
+            )
+    if line.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: got one with a batch of {line.shape[0]}, expected packed sequences in a batch of 1"
+        )
+
+
+def expect_starts(starts: list[int], time: int) -> None:
+    """ValueError unless these numbers are offsets of sequences on a line of ``time`` tokens."""
+    if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
+        raise ValueError(f"cu_seqlens: got {brief(starts)}, expected numbers that never decrease from 0 to T = {time}")
+
+
+def brief(numbers: list[int]) -> str:
+    """As they are written in messages."""
+    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:8]))}, … {numbers[-1]}]"
 
 
 def check_layouts(**tensors: tuple[Tensor | None, str]) -> None:

@@ -16,10 +16,13 @@ from torch._compile import _disable_dynamo
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, nothing_to_record, run
 from parallelflow.checks import (
+    brief,
     expect_choice,
     expect_flag,
     expect_number,
+    expect_offsets,
     expect_positive_integer,
+    expect_starts,
     expect_tensor,
     show,
     state_name,
@@ -179,18 +182,11 @@ def integrate(
             {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend},
             validate, context_group, context_lengths, return_final_state, final_state_on,
         )  # fmt: skip
-    if context_lengths is not None or final_state_on != "last":
-        name, came = (
-            ("final_state_on", repr(final_state_on)) if context_lengths is None else ("context_lengths", "some")
-        )
-        raise ValueError(f"{name}: got {came} without a context_group, of whose ranks it is; expected none")
-    if accepted_tokens is not None and not return_final_state and not in_place:
-        raise ValueError(
-            "accepted_tokens: got some without return_final_state or in_place, expected one of them: only the final "
-            "state depends on them"
-        )
+    for name, value, usual in (("context_lengths", context_lengths, None), ("final_state_on", final_state_on, "last")):
+        if value is not usual and value != usual:
+            raise ValueError(f"{name}: got {value!r} without a context_group, of whose ranks it is; expected {usual!r}")
     driver = discretize(driver, discretization)
-    _check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
+    check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
     if state_positions is not None:
         if not store.plain():
             raise ValueError(
@@ -214,6 +210,11 @@ def integrate(
     is_short = is_short and nothing_to_record(inputs)
     on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
+    if accepted_tokens is not None and not return_final_state and not in_place:
+        raise ValueError(
+            "accepted_tokens: got some without return_final_state or in_place, expected one of them: only the final "
+            "state depends on them"
+        )
     if checking:
         _check_log_decay(driver.log_decay)
     if cu_seqlens is not None and cu_seqlens.device != query.device:
@@ -271,7 +272,7 @@ def _over_ranks(
 
     context = distributed.Context.of(context_group)
     try:
-        _check_choices(aggregates=("distributed",), **options)
+        check_choices(aggregates=("distributed",), **options)
         expect_choice("final_state_on", final_state_on, distributed.FINAL_STATE_ON)
         driver, query = _autocast(discretize(driver, discretization), query)
         inputs, traits, _ = canonical(driver, query, initial_state, options["scale"])
@@ -311,9 +312,10 @@ def _check_flags(return_final_state: bool, in_place: bool, batch_invariant: bool
         raise TypeError(f"validate: got {validate!r}, expected True, False or None")
 
 
-def _check_choices(
+def check_choices(
     chunk_size: int, scale: float | None, solver: str, aggregate: str, aggregates: Sequence[str], backend: str
 ) -> None:
+    """TypeError or ValueError, naming the option, for what it cannot be."""
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
@@ -388,27 +390,7 @@ def _sequence_starts(
             raise ValueError("cu_seqlens_cpu: got a tensor without cu_seqlens, expected both or neither")
         sequences = batch
     else:
-        for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
-            if tensor is None:
-                continue
-            expect_tensor(name, tensor)
-            if tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
-            if tensor.ndim != 1 or tensor.shape[0] < 2:
-                raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
-        if cu_seqlens.device != inputs.query.device and cu_seqlens.device.type != "cpu":
-            raise ValueError(
-                f"cu_seqlens: got device {cu_seqlens.device}, expected the query's, {inputs.query.device}, or cpu"
-            )
-        if cu_seqlens_cpu is not None:
-            if cu_seqlens_cpu.device.type != "cpu":
-                raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
-            if cu_seqlens_cpu.shape != cu_seqlens.shape:
-                raise ValueError(
-                    f"cu_seqlens_cpu: got shape {show(cu_seqlens_cpu)}, expected cu_seqlens' {show(cu_seqlens)}"
-                )
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: got a query with batch {batch}, expected packed sequences in a batch of 1")
+        expect_offsets(cu_seqlens, cu_seqlens_cpu, inputs.query)
         sequences = cu_seqlens.shape[0] - 1
     if not store.plain():
         store.check(inputs.initial_state, inputs.query, cu_seqlens, checking)
@@ -419,15 +401,10 @@ def _sequence_starts(
     if cu_seqlens is None or torch.compiler.is_compiling() or not (on_host or cu_seqlens_cpu is not None):
         return None
     starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
-    if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
-        raise ValueError(f"cu_seqlens: got {_brief(starts)}, expected numbers that never decrease from 0 to T = {time}")
+    expect_starts(starts, time)
     if checking and cu_seqlens_cpu is not None and cu_seqlens.tolist() != starts:
-        raise ValueError(f"cu_seqlens_cpu: got {_brief(starts)}, expected cu_seqlens' {_brief(cu_seqlens.tolist())}")
+        raise ValueError(f"cu_seqlens_cpu: got {brief(starts)}, expected cu_seqlens' {brief(cu_seqlens.tolist())}")
     return starts
-
-
-def _brief(numbers: list[int]) -> str:
-    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:8]))}, … {numbers[-1]}]"
 
 
 def _autocast(driver: LowRankDriver, query: Tensor) -> tuple[LowRankDriver, Tensor]:
@@ -476,7 +453,7 @@ def _with_states(
     if not places:
         raise ValueError("state_positions: got none, expected at least one number of tokens")
     if any(later < earlier for earlier, later in pairwise([0, *places, time])):
-        raise ValueError(f"state_positions: got {_brief(places)}, expected numbers that increase from 0 to T = {time}")
+        raise ValueError(f"state_positions: got {brief(places)}, expected numbers that increase from 0 to T = {time}")
     if starts is not None and places[0] == 0:
         raise ValueError("state_positions: got 0 with packed sequences, expected positions after at least one token")
     outputs, states = [], []
