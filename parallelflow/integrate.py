@@ -139,8 +139,9 @@ def integrate(
             on Linux), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K
             of 64 or 128, V a multiple of 64, and tiles that shared memory holds), or ``auto``: the fastest that fits,
             ``torch`` where none does. In 16 and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and
-            ``aggregate`` left as they are (kernels choose their own chunks), ``cpu``, ``triton`` and ``hopper`` serve
-            any rows up to 16 a token; forced on anything else they raise. Up to 64 tokens a sequence without gradients,
+            ``aggregate`` left as they are (kernels choose their own chunks), ``cpu`` serves any rows up to 16 a token,
+            ``triton`` and ``hopper`` all of these but rows applied one after another of which some only write; forced
+            on anything else they raise. Up to 64 tokens a sequence without gradients,
             ``triton`` and ``auto`` on a GPU take the recurrence itself, in one kernel.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have

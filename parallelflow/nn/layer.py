@@ -147,6 +147,8 @@ class Layer(nn.Module):
         if cu_seqlens is not None or cu_seqlens_cpu is not None:
             expect_offsets(cu_seqlens, cu_seqlens_cpu, hidden_states)
             assert cu_seqlens is not None
+            if cu_seqlens.device != hidden_states.device:
+                cu_seqlens, cu_seqlens_cpu = cu_seqlens.to(hidden_states.device), cu_seqlens
             if group is None and may_read(hidden_states):
                 expect_starts(cu_seqlens.tolist(), hidden_states.shape[1])
         if group is not None and attention_mask is not None:
