@@ -128,7 +128,7 @@ class SoftmaxAttention(Layer):
             assert starts is not None
             new = starts.to("cpu", torch.int64).diff()
         else:
-            new = torch.full((query.shape[0],), query.shape[1])
+            new = torch.full((query.shape[0],), query.shape[1], device="cpu")
         if memory is None:
             old = torch.zeros_like(new)
         elif memory.lengths is None:
@@ -136,8 +136,8 @@ class SoftmaxAttention(Layer):
         else:
             old = memory.lengths
         total, width = old + new, int(new.max())
-        sequence = torch.arange(len(new)).repeat_interleave(new)  # of each new token
-        place = torch.arange(int(new.sum())) - (new.cumsum(0) - new)[sequence]  # among its sequence's new ones
+        sequence = torch.arange(len(new), device="cpu").repeat_interleave(new)  # of each new token
+        place = torch.arange(len(sequence), device="cpu") - (new.cumsum(0) - new)[sequence]  # among its sequence's
         position = old[sequence] + place
         sequence, place, position = (index.to(device) for index in (sequence, place, position))
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))

@@ -42,8 +42,9 @@ class Task(ABC):
         expect_positive_integer("length", length)
         if generator is not None:
             expect_kind("generator", generator, torch.Generator, "a torch.Generator or None")
-        tokens = self.tokens(count, length, generator)
-        return Sequences(tokens, self.labels(tokens))
+        with torch.device("cpu"):  # as the generator is
+            tokens = self.tokens(count, length, generator)
+            return Sequences(tokens, self.labels(tokens))
 
     @abstractmethod
     def tokens(self, count: int, length: int, generator: torch.Generator | None) -> Tensor:

@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
             index, key = name.split(".", 1)
             parts.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(torch.tensor(self.random, dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(self.random, dtype=torch.uint8, device="cpu"))
 
 
 def digest(file: Path) -> str:

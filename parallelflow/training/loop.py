@@ -4,6 +4,7 @@ checkpoint gives what never stopping gives: bit for bit where the device compute
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def _step(
     if context is not None:
         _average_gradients(model, context)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item()
-    if not torch.tensor([total, norm]).isfinite().all():
+    if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {total}, its gradient's norm {norm}, expected finite numbers; "
             f"a smaller learning_rate than {recipe.learning_rate} or a longer warmup may help"

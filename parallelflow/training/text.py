@@ -51,7 +51,7 @@ class Text(NamedTuple):
         cut = int(self.total * (1 - recipe.held_out))
         first, last = (cut, self.total) if held_out else (0, cut)
         generator = torch.Generator().manual_seed((recipe.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
-        starts = torch.randint(first, last - recipe.length, (recipe.batch,), generator=generator)
+        starts = torch.randint(first, last - recipe.length, (recipe.batch,), generator=generator, device="cpu")
         return torch.stack([self.read(start, recipe.length + 1) for start in starts.tolist()])
 
 
