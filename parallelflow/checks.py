@@ -130,6 +130,15 @@ def expect_positive_integer(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, expected a positive integer")
 
 
+def device_of(device: torch.device | str) -> torch.device:
+    """The device of that name; ValueError for one that is not there."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: got {str(device)!r}, expected one that is here: {why}") from None
+
+
 def expect_offsets(cu_seqlens: object, cu_seqlens_cpu: object, line: Tensor) -> None:
     """TypeError or ValueError unless these can be the offsets ``[N + 1]`` of sequences packed on a line ``[1, T, …]``,
     and the same on the host (or None). Their numbers are not looked at: ``expect_starts``."""

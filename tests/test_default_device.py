@@ -1,6 +1,6 @@
 """What is made on the way is made where the tensors are, or on the host: the default device has no say.
 
-The default is ``meta`` here, from which nothing can be brought back; with ``cuda`` for a default it is a user's notebook.
+The default is ``meta`` here, from which nothing can be brought back; it is ``cuda`` in many a notebook.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def test_choices():
 def test_layers(name):
     options = {"rwkv7": {"head_dim": 8}, "mamba2": {"head_dim": 8, "state_size": 6}}.get(name, {"num_heads": 2})
     layer, hidden_states = make_layer(name, 16, **options), torch.randn(2, 5, 16)
-    mask, line, bounds = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), torch.randn(1, 5, 16), torch.tensor([0, 2, 5])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    line, bounds = torch.randn(1, 5, 16), torch.tensor([0, 2, 5])
     with elsewhere():
         for arguments in ({}, {"attention_mask": mask}):
             mixed = layer(hidden_states, **arguments)

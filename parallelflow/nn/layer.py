@@ -16,6 +16,7 @@ from parallelflow.checks import (
     expect_offsets,
     expect_positive_integer,
     expect_starts,
+    expect_tensor,
     nearest,
     show,
 )
@@ -141,6 +142,8 @@ class Layer(nn.Module):
         self._check_dtype(hidden_states)
         if memory is not None:
             expect_kind("memory", memory, self.remembers, f"a {self.remembers.__name__} of an earlier call, or None")
+            if isinstance(memory, Memory):
+                expect_tensor("memory.state", memory.state)
         if first_value is not None and not self.takes_first_value:
             raise TypeError(f"first_value: got one, expected none: a {type(self).__name__} does not take it")
         group = self.context_group

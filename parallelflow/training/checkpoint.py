@@ -116,13 +116,13 @@ def _write(
     _flush(writing)
 
 
-def latest(folder: Path, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:
+def latest(folder: Path | str, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:
     """The newest checkpoint that is whole; ``refused`` hears of each newer one why it is not used.
 
     Raises:
         CheckpointError: where there is none.
     """
-    reasons = []
+    reasons, folder = [], Path(folder)
     for place in _folders(folder):
         try:
             return _open(place)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallelflow.checks import device_of, expect_kind
 from parallelflow.distributed import Context
 from parallelflow.models import ParallelFlowForCausalLM
 from parallelflow.nn import set_context_group
@@ -28,7 +29,7 @@ Report = Callable[[dict[str, Any]], None]
 def train(
     recipe: Recipe,
     text: Text,
-    folder: Path,
+    folder: Path | str,
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -50,10 +51,15 @@ def train(
         report: hears every line of the log; ``warn`` why a checkpoint is not used; ``begin`` the steps done before.
 
     Raises:
-        ValueError: where the folder has checkpoints and ``resume`` is not asked for, or those of another training.
+        TypeError: for other than a recipe and a text.
+        ValueError: for a device that is not there; where the folder has checkpoints and ``resume`` is not asked for, or
+            those of another training.
         CheckpointError: where there are checkpoints and none is whole.
         FloatingPointError: where the loss or its gradient is not finite.
     """
+    expect_kind("recipe", recipe, Recipe, "a Recipe")
+    expect_kind("text", text, Text, "what open_text returns")
+    device, folder = device_of(device), Path(folder)
     context = None if context_group is None else Context.of(context_group)
     writes = context is None or context.rank == 0
     checkpoints = folder / "checkpoints"

@@ -308,6 +308,8 @@ def test_errors():
             TypeError, match=f"memory: got {type(wrong).__name__}, expected a Memory of an earlier call"
         ):
             layer(torch.zeros(2, 3, WIDTH), memory=wrong)
+    with pytest.raises(TypeError, match=r"memory\.state: got NoneType, expected a tensor"):
+        layer(torch.zeros(2, 3, WIDTH), memory=memory._replace(state=None))
     with pytest.raises(TypeError, match="memory: got Memory, expected a KeysAndValues"):
         SoftmaxAttention(WIDTH, num_heads=2)(torch.zeros(2, 3, WIDTH), memory=memory)
     with pytest.raises(TypeError, match="head_dims: GatedDeltaNet has no such option; did you mean 'head_dim'"):
