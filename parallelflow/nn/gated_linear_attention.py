@@ -17,6 +17,7 @@ class GatedLinearAttention(QueryKeyValueLayer):
     """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ`` with ``g = log sigmoid(W_gk x + b) / τ`` for each key channel.
 
     Args:
+        num_heads: H.
         head_dim: K; None is D / 2 over the heads, as published.
         value_head_dim: V; None is D over the heads.
         conv_size: 0 unless given: no convolution, and then no SiLU either.

@@ -69,7 +69,7 @@ class LinearField:
 
 
 def controlled(path: Path, field: LinearField, grid: Tensor | None = None) -> DriverSource:
-    """The equation as a source of drivers, for ``integrate`` and any discretisation.
+    """The equation ``field`` along ``path`` as a source of drivers, for ``integrate`` and any discretisation.
 
     ``grid`` ``[T + 1]`` or ``[B, T + 1]`` are the times between which steps are made; None takes the path's knots. On a
     piecewise straight path with its knots in the grid the rates are constant in every step, and ``exact`` is exact.

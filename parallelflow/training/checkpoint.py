@@ -117,7 +117,7 @@ def _write(
 
 
 def latest(folder: Path | str, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:
-    """The newest checkpoint that is whole; ``refused`` hears of each newer one why it is not used.
+    """The newest checkpoint of a folder that is whole; ``refused`` hears of each newer one why it is not used.
 
     Raises:
         CheckpointError: where there is none.

@@ -44,6 +44,9 @@ def train(
     ``tokens_per_second`` and, where it was evaluated, ``held_out_loss``.
 
     Args:
+        recipe: of the model and its training.
+        text: what ``open_text`` returns for the same recipe.
+        device: where to train.
         resume: go on from the newest whole checkpoint in ``folder``; from the start where none has been written yet.
         context_group: a process group whose ranks share every sequence (see docs/context_parallel.md). All ranks call
             this, with a folder that all see; the first one writes, and hears ``report``. What is computed does not

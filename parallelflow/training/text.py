@@ -60,6 +60,9 @@ def open_text(data: Path | str, tokens: Tokens, recipe: Recipe, cache: Path | st
     """The text of a file, or of all files below a folder in the order of their names, hidden ones left out.
 
     Args:
+        data: a file or a folder.
+        tokens: ``Bytes()`` or a ``Tokenizer``.
+        recipe: whose sequences the text is to hold.
         cache: the folder for the tokens of a tokenizer; bytes are read where they are.
 
     Raises:
