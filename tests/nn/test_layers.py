@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -356,3 +358,13 @@ def test_a_mask_is_of_zeros_and_ones(number):
     layer = GatedDeltaNet(WIDTH, num_heads=2)
     with pytest.raises(ValueError, match="attention_mask: got numbers other than 0 and 1"):
         layer(torch.zeros(2, 3, WIDTH), attention_mask=torch.full((2, 3), number))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_saved_whole(name):
+    """By ``torch.save``, or to another process, or copied: it computes the same, and still loads weights."""
+    options = {"rwkv7": {"head_dim": 8}, "mamba2": {"head_dim": 8, "state_size": 6}}.get(name, {"num_heads": 2})
+    layer, hidden_states = make_layer(name, WIDTH, **options), torch.randn(2, 5, WIDTH)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert torch.equal(other(hidden_states).output, layer(hidden_states).output)
+        other.load_state_dict(layer.state_dict())
