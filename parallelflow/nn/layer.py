@@ -139,11 +139,8 @@ class Layer(nn.Module):
             raise ValueError(
                 f"hidden_states: got shape {show(hidden_states)}, expected [B, T, D] with D = {self.hidden_size}"
             )
-        self._check_dtype(hidden_states)
-        if memory is not None:
-            expect_kind("memory", memory, self.remembers, f"a {self.remembers.__name__} of an earlier call, or None")
-            if isinstance(memory, Memory):
-                expect_tensor("memory.state", memory.state)
+        if not torch.compiler.is_compiling():
+            self._check(hidden_states, memory)
         if first_value is not None and not self.takes_first_value:
             raise TypeError(f"first_value: got one, expected none: a {type(self).__name__} does not take it")
         group = self.context_group
@@ -172,8 +169,12 @@ class Layer(nn.Module):
         shared = {name: packing.pack(tensor) for name, tensor in shared.items()}
         return self.mix(packing.pack(hidden_states), memory, sequences, **shared).per_token(packing.unpack)
 
-    def _check_dtype(self, hidden_states: Tensor) -> None:
-        """TypeError for hidden states that the projections do not take."""
+    def _check(self, hidden_states: Tensor, memory: Any) -> None:
+        """TypeError for hidden states that the projections do not take, and for what is no memory of such a layer."""
+        if memory is not None:
+            expect_kind("memory", memory, self.remembers, f"a {self.remembers.__name__} of an earlier call, or None")
+            if isinstance(memory, Memory):
+                expect_tensor("memory.state", memory.state)
         weights = (part.weight for part in self.modules() if isinstance(part, nn.Linear))
         dtype = next((weight.dtype for weight in weights), hidden_states.dtype)
         same = dtype == hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type)
