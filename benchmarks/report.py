@@ -71,16 +71,22 @@ def problems(result: Result) -> dict[tuple, dict[str, Row]]:
     return found
 
 
+def title_of(problem: tuple) -> tuple[str, str]:
+    """A problem's model, and its sizes as far as they are not the usual ones."""
+    shape = dict(zip(PROBLEM, problem, strict=True))
+    rest = f"{shape['batch']}×{shape['time']}, {shape['key_heads']}/{shape['value_heads']}"
+    rest += "" if shape["key_dim"] == 128 else f" of {shape['key_dim']}"
+    return shape["op"], rest + ("" if shape["rank"] == 1 else f", R = {shape['rank']}")
+
+
 def gpu_table(result: Result) -> str:
     """Every library beside this one: milliseconds, ratio, memory, time to the first gradient, error."""
     header = ["model, batch × tokens, heads", "library", "forward ms", "", "forward + backward ms", "", "extra MiB",
               "first gradient s", "error"]  # fmt: skip
     lines = []
     for problem, rows in problems(result).items():
-        shape = dict(zip(PROBLEM, problem, strict=True))
-        title = f"`{shape['op']}` {shape['batch']}×{shape['time']}, {shape['key_heads']}/{shape['value_heads']}"
-        title += "" if shape["key_dim"] == 128 else f" of {shape['key_dim']}"
-        title += "" if shape["rank"] == 1 else f", R = {shape['rank']}"
+        op, rest = title_of(problem)
+        title = f"`{op}` {rest}"
         ours = rows.get(OURS)
         for library in (name for name in NAMES if name in rows):
             row = rows[library]
@@ -204,12 +210,12 @@ def render(document: str) -> str:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Each problem's forward-and-backward times, one bar a library."""
+    """Speeds at each problem that another library was measured at, one bar a library."""
     plt = pyplot()
-    found = problems(result)
+    found = {problem: rows for problem, rows in problems(result).items() if len(rows) > 1}
     libraries = [name for name in NAMES if any(name in rows for rows in found.values())]
     figure, panels = plt.subplots(1, 2, figsize=(11, 0.6 * len(found) + 1.2), sharey=True)
-    titles = [f"{p[0]} {p[1]}×{p[2]}, {p[3]}/{p[4]}" for p in found]
+    titles = [" ".join(title_of(problem)) for problem in found]
     for panel, name in zip(panels, ("forward_ms", "forward_backward_ms"), strict=True):
         for place, library in enumerate(libraries):
             ratios = [

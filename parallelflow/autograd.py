@@ -258,8 +258,8 @@ class _FlowBackward(torch.autograd.Function):
 
         unused = d_final is None
         if unused:
-            d_final = torch.zeros(setting.states(setting.tied(Inputs(*inputs))), dtype=torch.float32)
-            d_final = d_final.to(d_output.device)
+            states = setting.states(setting.tied(Inputs(*inputs)))
+            d_final = torch.zeros(states, dtype=torch.float32, device=d_output.device)
 
         def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             """The plain forward pass, which autograd differentiates."""

@@ -5,12 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from contextlib import suppress
+from contextvars import ContextVar
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+one_token: ContextVar[bool] = ContextVar("one_token", default=False)
+"""Set where tensors were given without their time axis, and the initial state as ``state``: messages say it so."""
+
+
+def state_name() -> str:
+    """What the caller knows the initial state by."""
+    return "state" if not torch.compiler.is_compiling() and one_token.get() else "initial_state"
 
 
 def show(tensor: Tensor) -> str:
@@ -20,7 +30,7 @@ def show(tensor: Tensor) -> str:
 
 def fingerprint(*tensors: Tensor | None) -> list[object]:
     """What checks of shapes look at, in a form that can be compared and hashed."""
-    return [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else type(t) for t in tensors]
+    return [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in tensors]
 
 
 class Memory(Generic[T]):
@@ -50,12 +60,20 @@ def expect_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
+def expect_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError unless ``value`` is of this class, or of one of these."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+
+
 def expect_floating(name: str, value: object) -> None:
-    """TypeError unless ``value`` is a tensor of a floating-point dtype."""
+    """TypeError unless ``value`` is a dense tensor of a floating-point dtype."""
     expect_tensor(name, value)
     assert isinstance(value, Tensor)
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor, torch.strided")
 
 
 def expect_rank(name: str, value: Tensor, layout: str, *ranks: int) -> None:
@@ -112,6 +130,54 @@ def expect_positive_integer(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, expected a positive integer")
 
 
+def device_of(device: torch.device | str) -> torch.device:
+    """The device of that name; ValueError for one that is not there."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: got {str(device)!r}, expected one that is here: {why}") from None
+
+
+def expect_offsets(cu_seqlens: object, cu_seqlens_cpu: object, line: Tensor) -> None:
+    """TypeError or ValueError unless these can be the offsets ``[N + 1]`` of sequences packed on a line ``[1, T, …]``,
+    and the same on the host (or None). Their numbers are not looked at: ``expect_starts``."""
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
+        if tensor is None and name == "cu_seqlens_cpu":
+            continue
+        expect_tensor(name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
+        if tensor.ndim != 1 or tensor.shape[0] < 2:
+            raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.device != line.device and cu_seqlens.device.type != "cpu":
+        raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}, expected the tokens', {line.device}, or cpu")
+    if isinstance(cu_seqlens_cpu, Tensor):
+        if cu_seqlens_cpu.device.type != "cpu":
+            raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
+        if cu_seqlens_cpu.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"cu_seqlens_cpu: got shape {show(cu_seqlens_cpu)}, expected that of cu_seqlens, {show(cu_seqlens)}"
+            )
+    if line.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: got one with a batch of {line.shape[0]}, expected packed sequences in a batch of 1"
+        )
+
+
+def expect_starts(starts: list[int], time: int) -> None:
+    """ValueError unless these numbers are offsets of sequences on a line of ``time`` tokens."""
+    if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
+        raise ValueError(f"cu_seqlens: got {brief(starts)}, expected numbers that never decrease from 0 to T = {time}")
+
+
+def brief(numbers: list[int]) -> str:
+    """As they are written in messages."""
+    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:8]))}, … {numbers[-1]}]"
+
+
 def check_layouts(**tensors: tuple[Tensor | None, str]) -> None:
     """Every tensor against its layout, such as ``"B T H K"``: a letter stands for one size throughout, bound where it
     is first met; ``"H|HV"`` is either; a layout that ends in ``"?"`` may be absent (None). All on the first one's
@@ -143,8 +209,9 @@ def _check_layouts(tensors: dict[str, tuple[Tensor | None, str]]) -> None:
         expect_floating(name, tensor)
         assert tensor is not None
         letters = layout.removesuffix("?").split()
-        shown = f"[{', '.join(letters)}]"
-        expect_rank(name, tensor, shown, len(letters))
+        if tensor.ndim != len(letters):
+            came, shown = _as_given(tensor, letters)
+            raise ValueError(f"{name}: got shape {came} with {len(came)} axes, expected {shown}")
         if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:
@@ -154,8 +221,17 @@ def _check_layouts(tensors: dict[str, tuple[Tensor | None, str]]) -> None:
             if len(choices) == 1:
                 sizes.setdefault(letter, size)
             if size not in [sizes[choice] for choice in choices]:
-                expected = ", ".join(str(sizes.get(each, each)) for each in letters)
-                raise ValueError(f"{name}: got shape {show(tensor)}, expected {shown} = [{expected}]")
+                came, shown = _as_given(tensor, letters)
+                expected = ", ".join(str(sizes.get(each, each)) for each in shown[1:-1].split(", "))
+                raise ValueError(f"{name}: got shape {came}, expected {shown} = [{expected}]")
     heads, value_heads = sizes.get("H"), sizes.get("HV")
-    if heads is not None and value_heads is not None and (heads == 0 or value_heads % heads):
+    if heads is not None and value_heads is not None and heads and value_heads % heads:
         raise ValueError(f"value: got {value_heads} heads, expected a multiple of the query's {heads}")
+
+
+def _as_given(tensor: Tensor, letters: list[str]) -> tuple[list[int], str]:
+    """Shape and layout as the caller has them: a step's tensors have no time axis."""
+    shape = list(tensor.shape)
+    if one_token.get() and "T" in letters:
+        shape, letters = shape[:1] + shape[2:], [letter for letter in letters if letter != "T"]
+    return shape, f"[{', '.join(letters)}]"

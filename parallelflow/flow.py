@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parallelflow.checks import expect_kind, expect_tensor, show
 from parallelflow.lanes import Lanes
 
 
@@ -25,17 +26,24 @@ class Flow(NamedTuple):
     * ``[..., K, K]``: dense (everything with reads).
 
     ``source`` (H) is ``[..., K, V]``. All leading axes are batch axes.
+
+    Raises:
+        TypeError, ValueError: from ``apply`` and ``then``, for what does not fit.
     """
 
     transition: Tensor
     source: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        """``P S + H``."""
+        """``P S + H`` of ``state [..., K, V]``."""
+        self._expect("state", state)
         return _act(self.transition, state, self.source.ndim) + self.source
 
     def then(self, later: Flow) -> Flow:
         """This flow first, ``later`` second: ``(P2 P1, P2 H1 + H2)``. Mixed kinds of P give the larger kind."""
+        expect_kind("later", later, Flow, "a Flow")
+        self._expect("later.source", later.source)
+        later._expect("later.source", later.source)
         rank = self.source.ndim
         first, second = self.transition, later.transition
         if second.ndim < first.ndim:  # P2 scalar or diagonal acting on the columns of a larger P1
@@ -52,6 +60,22 @@ class Flow(NamedTuple):
             transition = second * first
         return Flow(transition, later.apply(self.source))
 
+    def _expect(self, name: str, states: Tensor) -> None:
+        """TypeError or ValueError unless P and H are a flow, and ``states`` what it acts on."""
+        for part, tensor in (("transition", self.transition), ("source", self.source), (name, states)):
+            expect_tensor(part, tensor)
+        size, rank = self.source.shape[-2:], self.source.ndim
+        axes = self.transition.ndim - rank + 2
+        if rank < 2 or not 0 <= axes <= 2 or any(each != size[0] for each in self.transition.shape[rank - 2 :]):
+            raise ValueError(
+                f"transition: got shape {show(self.transition)} beside a source {show(self.source)}, expected [...], "
+                "[..., K] or [..., K, K] beside [..., K, V]"
+            )
+        if states.shape[-2:] != size:
+            raise ValueError(f"{name}: got shape {show(states)}, expected [..., K, V] with [K, V] = {list(size)}")
+        if not self.transition.dtype == self.source.dtype == states.dtype:
+            raise TypeError(f"{name}: got dtype {states.dtype}, expected the flow's, {self.source.dtype}")
+
     def take(self, places: list[int]) -> Flow:
         """The flows at some places of the first axis."""
         index = _index(places, self.source.device)
@@ -67,7 +91,12 @@ class Flow(NamedTuple):
 
 
 def compose(first: Flow, second: Flow) -> Flow:
-    """The flow over ``[s, u]`` from those over ``[s, t]`` and ``[t, u]`` (Chen's relation)."""
+    """The flow over ``[s, u]`` from those over ``[s, t]`` and ``[t, u]`` (Chen's relation).
+
+    Raises:
+        TypeError, ValueError: for what is no ``Flow``, and for flows on states of other sizes or dtypes.
+    """
+    expect_kind("first", first, Flow, "a Flow")
     return first.then(second)
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from parallelflow import drivers
 from parallelflow.again import remembered
-from parallelflow.checks import check_layouts, nearest
+from parallelflow.checks import check_layouts, expect_flag, nearest
 from parallelflow.drivers.base import LowRankDriver, Order, Reads
 from parallelflow.integrate import Options as IntegrateOptions
 from parallelflow.integrate import Result, ResultWithStates, integrate
@@ -30,7 +30,7 @@ from parallelflow.problem import autocast_dtype, without_autocast
 
 
 class Options(IntegrateOptions, total=False):
-    """``integrate``'s options, and whether query and keys are divided by their norm first."""
+    """``integrate``'s options, where each is explained, and whether query and keys are divided by their norm first."""
 
     normalize_query_key: bool
 
@@ -44,12 +44,14 @@ def linear_attention(
 ) -> Result | ResultWithStates:
     """``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``; ``options`` are of ``Options``.
     With ``normalize``, ``o_t = S_tᵀ q_t / (z_tᵀ q_t)`` (0 where the divisor is 0) with ``z_t = Σ_{s≤t} k_s``, which is
     carried as one more value channel: states are then ``[N, HV, K, V + 1]``, the last column z.
     Source: Katharopoulos, Vyas, Pappas and Fleuret 2020, arXiv 2006.16236.
     """
     check_layouts(query=(query, "B T H K"), key=(key, "B T H K"), value=(value, "B T HV V"))
     query, key, rest = _prepare(query, key, options)
+    expect_flag("normalize", normalize)
     if not normalize:
         return integrate(drivers.linear_attention(key, value), query, **rest)
     for name, tensor in (("key", key), ("value", value)):
@@ -68,8 +70,10 @@ def linear_attention(
 def retention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
+    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``log_decay [HV]``, one value per head; ``options`` are of
+    ``Options``.
     Source: RetNet, Sun et al. 2023, arXiv 2307.08621.
     """
     check_layouts(
@@ -83,8 +87,10 @@ def retention(
 def lightning_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [HV]``, one value per head.
+    """``S_t = e^{g_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``log_decay [HV]``, one value per head; ``options`` are of
+    ``Options``.
     Source: Lightning Attention, Qin et al. 2024, arXiv 2401.04658.
     """
     check_layouts(
@@ -100,7 +106,8 @@ def ssd(
 ) -> Result | ResultWithStates:
     """``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``: Mamba-2 with C the query, B the key, dt·x the value.
 
-    ``value`` is already multiplied by dt; ``log_decay [B, T, HV]``; ``scale`` is 1 unless given.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, already multiplied by dt, ``log_decay [B, T, HV]``;
+    ``options`` are of ``Options``, and ``scale`` is 1 unless given.
     Source: Mamba-2, Dao and Gu 2024, arXiv 2405.21060.
     """
     check_layouts(
@@ -114,8 +121,9 @@ def ssd(
 def gated_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``log_decay [B, T, HV, K]``.
+    """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``log_decay [B, T, HV, K]``; ``options`` are of ``Options``.
     Source: GLA, Yang, Wang, Shen, Panda and Kim 2024, arXiv 2312.06635.
     """
     check_layouts(
@@ -129,8 +137,9 @@ def gated_linear_attention(
 def delta_rule(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """``S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``; ``beta [B, T, HV]``.
+    """``S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta [B, T, HV]``; ``options`` are of ``Options``.
     Source: DeltaNet, Yang, Wang, Zhang, Shen and Kim 2024, arXiv 2406.06484.
     """
     _check_delta(query, key, value, beta)
@@ -144,7 +153,8 @@ def gated_delta_rule(
 ) -> Result | ResultWithStates:
     """``S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    ``beta``, ``log_decay`` ``[B, T, HV]``.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta``, ``log_decay`` ``[B, T, HV]``; ``options`` are of
+    ``Options``.
     Source: Gated DeltaNet, Yang, Kautz and Hatamizadeh 2025, arXiv 2412.06464.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"))
@@ -164,7 +174,8 @@ def gated_delta_rule_2(
 ) -> Result | ResultWithStates:
     """``S_t = (I - k_t (b_t ⊙ k_t)ᵀ) diag(e^{g_t}) S_{t-1} + k_t (w_t ⊙ v_t)ᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    ``erase`` (b) ``[B, T, HV, K]``, ``write`` (w) ``[B, T, HV, V]``, ``log_decay [B, T, HV, K]``.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``erase`` (b) ``[B, T, HV, K]``, ``write`` (w)
+    ``[B, T, HV, V]``, ``log_decay [B, T, HV, K]``; ``options`` are of ``Options``.
     Source: Gated DeltaNet-2, as implemented in flash-linear-attention 0.6.0.
     """
     check_layouts(
@@ -185,7 +196,8 @@ def kimi_delta_attention(
 ) -> Result | ResultWithStates:
     """``S_t = (I - β_t k_t k_tᵀ) diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    ``beta [B, T, HV]``, ``log_decay [B, T, HV, K]``.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta [B, T, HV]``, ``log_decay [B, T, HV, K]``; ``options``
+    are of ``Options``.
     Source: Kimi Linear, Kimi Team 2025, arXiv 2510.26692.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV K"))
@@ -206,8 +218,8 @@ def comba(
 ) -> Result | ResultWithStates:
     """``S_t = e^{g_t} S_{t-1} - β_t k_t p_tᵀ S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p) ``[B, T, H, K]``, normalised like the key by
-    ``normalize_query_key``.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta``, ``log_decay`` ``[B, T, HV]``, ``removal_key`` (p)
+    ``[B, T, H, K]``, normalised like the key by ``normalize_query_key``; ``options`` are of ``Options``.
     Source: Comba, Hu, Pan et al. 2025, arXiv 2506.02475, as its published kernels compute it.
     """
     _check_delta(query, key, value, beta, log_decay=(log_decay, "B T HV"), removal_key=(removal_key, "B T H K"))
@@ -228,8 +240,9 @@ def delta_product(
 ) -> Result | ResultWithStates:
     """``S ← e^{g_t} S``, then for j = 1 … R ``S ← (I - β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ``.
 
-    ``o_t = scale · S_tᵀ q_t``, read after the token's last step. ``key [B, T, R, H, K]``,
-    ``value [B, T, R, HV, V]``, ``beta [B, T, R, HV]``, ``log_decay [B, T, HV]`` or None.
+    ``o_t = scale · S_tᵀ q_t``, read after the token's last step. ``query [B, T, H, K]``, ``key [B, T, R, H, K]``,
+    ``value [B, T, R, HV, V]``, ``beta [B, T, R, HV]``, ``log_decay [B, T, HV]`` or None; ``options`` are of
+    ``Options``.
     Source: DeltaProduct, Siems et al. 2025, arXiv 2502.10297.
     """
     check_layouts(
@@ -256,7 +269,8 @@ def rwkv7(
 ) -> Result | ResultWithStates:
     """``S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ``, ``o_t = S_tᵀ q_t``.
 
-    ``log_decay``, ``read`` (a), ``write`` (b) ``[B, T, HV, K]``; ``scale`` is 1 unless given.
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``log_decay``, ``read`` (a), ``write`` (b) ``[B, T, HV, K]``;
+    ``options`` are of ``Options``, and ``scale`` is 1 unless given.
     Source: RWKV-7, Peng et al. 2025, arXiv 2503.14456.
     """
     check_layouts(
@@ -275,8 +289,9 @@ def rwkv7(
 def longhorn(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
-    """``S_t = (I - β' k_t k_tᵀ) S_{t-1} + β' k_t v_tᵀ`` with ``β' = β / (1 + β‖k‖²)``; ``beta [B, T, HV]`` ≥ 0.
+    """``S_t = (I - β' k_t k_tᵀ) S_{t-1} + β' k_t v_tᵀ`` with ``β' = β / (1 + β‖k‖²)``.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta [B, T, HV]`` ≥ 0; ``options`` are of ``Options``.
     Source: Longhorn, Liu, Wang, Wu, Feng, Stone and Liu 2024, arXiv 2407.14207 (its dense form, one β a head).
     """
     _check_delta(query, key, value, beta)
@@ -290,8 +305,9 @@ def efla(
     query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **options: Unpack[Options]
 ) -> Result | ResultWithStates:
     """``S_t = (I - β' k_t k_tᵀ) S_{t-1} + β' k_t v_tᵀ`` with ``β' = (1 - e^{-β‖k‖²}) / ‖k‖²``, the exact flow of the
-    delta rule; ``beta [B, T, HV]``.
+    delta rule.
 
+    ``query, key [B, T, H, K]``, ``value [B, T, HV, V]``, ``beta [B, T, HV]``; ``options`` are of ``Options``.
     Source: error-free linear attention, Lei et al. 2025, arXiv 2512.12602.
     """
     _check_delta(query, key, value, beta)
@@ -314,9 +330,9 @@ def low_rank_flow(
 ) -> Result | ResultWithStates:
     """``S ← diag(e^{g_t}) S``, then ``S ← S + Σ_j b_tj (a_tjᵀ S + u_tjᵀ)``; ``o_t = scale · S_tᵀ q_t``.
 
-    ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``, ``log_decay`` None,
-    ``[B, T, HV]`` or ``[B, T, HV, K]``; ``order`` "simultaneous" or "sequential", ``reads`` "decayed" or
-    "raw". There is no key to normalise: ``normalize_query_key`` raises.
+    ``query [B, T, H, K]``, ``read`` (a), ``write`` (b) ``[B, T, R, H or HV, K]``, ``value`` (u) ``[B, T, R, HV, V]``,
+    ``log_decay`` None, ``[B, T, HV]`` or ``[B, T, HV, K]``; ``order`` "simultaneous" or "sequential", ``reads``
+    "decayed" or "raw"; ``options`` are of ``Options``. There is no key to normalise: ``normalize_query_key`` raises.
     Source: Muca Cirone and Salvi, *ParallelFlow* (arXiv 2504.00492), section 3.
     """
     check_layouts(
@@ -356,9 +372,11 @@ def _prepare(
             known = ", ".join(OPTION_NAMES)
             raise TypeError(f"{name}: unknown option{nearest(name, OPTION_NAMES)}; the options are {known}")
     rest: Any = dict(options)
+    normalize = rest.pop("normalize_query_key", False)
+    expect_flag("normalize_query_key", normalize)
     if rest.get("scale") is None:
         rest["scale"] = scale
-    if rest.pop("normalize_query_key", False):
+    if normalize:
         query, key = _normalized(query), _normalized(key)
     return query, key, rest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,18 @@ from torch._compile import _disable_dynamo
 
 from parallelflow.aggregate import AGGREGATES
 from parallelflow.autograd import advance, nothing_to_record, run
-from parallelflow.checks import expect_choice, expect_flag, expect_number, expect_positive_integer, expect_tensor, show
+from parallelflow.checks import (
+    brief,
+    expect_choice,
+    expect_flag,
+    expect_number,
+    expect_offsets,
+    expect_positive_integer,
+    expect_starts,
+    expect_tensor,
+    show,
+    state_name,
+)
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.kernels import serving as short
@@ -112,7 +124,7 @@ def integrate(
             tokens; outputs are of all tokens. So tokens are verified with 0 (no state is written), and what was
             accepted of them is run again, before the next ones, with its number.
         cu_seqlens: ``[N + 1]`` int32 or int64, the packed sequences' first tokens, then T; B must be 1. An empty
-            sequence keeps its initial state.
+            sequence keeps its initial state. On the query's device, or on the host.
         cu_seqlens_cpu: the same numbers on the host, which spares a device synchronisation (there is none either where
             the kernel for short sequences takes a line of at most 64 tokens).
         chunk_size: tokens a chunk, ≥ 1. Changes speed, not the result.
@@ -128,8 +140,9 @@ def integrate(
             on Linux), ``triton`` (any recent NVIDIA GPU), ``hopper`` (its scans need compute capability 9, 16 bits, K
             of 64 or 128, V a multiple of 64, and tiles that shared memory holds), or ``auto``: the fastest that fits,
             ``torch`` where none does. In 16 and 32 bits, K and V to 512, with ``chunk_size``, ``solver`` and
-            ``aggregate`` left as they are (kernels choose their own chunks), ``cpu``, ``triton`` and ``hopper`` serve
-            any rows up to 16 a token; forced on anything else they raise. Up to 64 tokens a sequence without gradients,
+            ``aggregate`` left as they are (kernels choose their own chunks), ``cpu`` serves any rows up to 16 a token,
+            ``triton`` and ``hopper`` all of these but rows applied one after another of which some only write; forced
+            on anything else they raise. Up to 64 tokens a sequence without gradients,
             ``triton`` and ``auto`` on a GPU take the recurrence itself, in one kernel.
         batch_invariant: whether a sequence has the same bits whatever else is in the batch. False lets the GPU kernels
             cut sequences into segments by how many there are, which may be faster; the torch and CPU backends have
@@ -154,6 +167,7 @@ def integrate(
     """
     if not isinstance(driver, (LowRankDriver, DriverSource)):
         raise TypeError(f"driver: got {type(driver).__name__}, expected a LowRankDriver or a DriverSource")
+    _check_flags(return_final_state, in_place, batch_invariant, validate)
     store = Store(state_indices, accepted_tokens, in_place)
     if discretization is not None and isinstance(driver, LowRankDriver):
         # Shapes are checked before rows are combined.
@@ -170,9 +184,11 @@ def integrate(
             {"scale": scale, "chunk_size": chunk_size, "solver": solver, "aggregate": aggregate, "backend": backend},
             validate, context_group, context_lengths, return_final_state, final_state_on,
         )  # fmt: skip
+    for name, value, usual in (("context_lengths", context_lengths, None), ("final_state_on", final_state_on, "last")):
+        if value is not usual and value != usual:
+            raise ValueError(f"{name}: got {value!r} without a context_group, of whose ranks it is; expected {usual!r}")
     driver = discretize(driver, discretization)
-    _check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
-    expect_flag("batch_invariant", batch_invariant)
+    check_choices(chunk_size, scale, solver, aggregate, [*AGGREGATES, "distributed"], backend)
     if state_positions is not None:
         if not store.plain():
             raise ValueError(
@@ -196,8 +212,15 @@ def integrate(
     is_short = is_short and nothing_to_record(inputs)
     on_host = cu_seqlens is not None and (checking or not is_short or query.shape[1] > short.LONGEST)
     starts = _sequence_starts(inputs, cu_seqlens, cu_seqlens_cpu, checking, on_host, store)
+    if accepted_tokens is not None and not return_final_state and not in_place:
+        raise ValueError(
+            "accepted_tokens: got some without return_final_state or in_place, expected one of them: only the final "
+            "state depends on them"
+        )
     if checking:
         _check_log_decay(driver.log_decay)
+    if cu_seqlens is not None and cu_seqlens.device != query.device:
+        cu_seqlens = cu_seqlens.to(query.device)  # given on the host, which kernels do not read
     if is_short and _longest(query, starts) <= short.LONGEST and (not store.stored() or short.fits(initial_state)):
         said, state = advance_short(inputs, traits, store, cu_seqlens, decided)
         return Result(said, state if return_final_state else None)
@@ -264,7 +287,7 @@ def _over_ranks(
 
     context = distributed.Context.of(context_group)
     try:
-        _check_choices(aggregates=("distributed",), **options)
+        check_choices(aggregates=("distributed",), **options)
         expect_choice("final_state_on", final_state_on, distributed.FINAL_STATE_ON)
         driver, query = _autocast(discretize(driver, discretization), query)
         inputs, traits, _ = canonical(driver, query, initial_state, options["scale"])
@@ -296,12 +319,23 @@ def _over_ranks(
     ))  # fmt: skip
 
 
-def _check_choices(
+def _check_flags(return_final_state: bool, in_place: bool, batch_invariant: bool, validate: bool | None) -> None:
+    expect_flag("return_final_state", return_final_state)
+    expect_flag("in_place", in_place)
+    expect_flag("batch_invariant", batch_invariant)
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate: got {validate!r}, expected True, False or None")
+
+
+def check_choices(
     chunk_size: int, scale: float | None, solver: str, aggregate: str, aggregates: Sequence[str], backend: str
 ) -> None:
+    """TypeError or ValueError, naming the option, for what it cannot be."""
     expect_positive_integer("chunk_size", chunk_size)
     if scale is not None:
         expect_number("scale", scale)
+        if not torch.compiler.is_compiling() and not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale}, expected a finite number")
     expect_choice("solver", solver, SOLVERS)
     expect_choice("aggregate", aggregate, aggregates)
     expect_choice("backend", backend, BACKENDS)
@@ -345,7 +379,15 @@ def _meant(backend: str, inputs: Inputs, traits: Traits, plan: Plan) -> tuple[st
     tier = "torch" if plan.compiled else tier
     if tier == "torch":
         return tier, None
-    return tier, refusal(tier, inputs, traits) if plan == Plan() else f"{plan}, expected {Plan()}"
+    return tier, refusal(tier, inputs, traits) if plan == Plan() else _chosen(plan)
+
+
+def _chosen(plan: Plan) -> str:
+    """What was chosen that kernels choose themselves."""
+    usual = Plan()
+    names = [name for name in ("chunk_size", "solver", "aggregate") if getattr(plan, name) != getattr(usual, name)]
+    came, expected = (", ".join(f"{name}={getattr(each, name)!r}" for name in names) for each in (plan, usual))
+    return f"{came}, expected {expected}, as it is unless given: kernels choose for themselves"
 
 
 def _sequence_starts(
@@ -363,42 +405,21 @@ def _sequence_starts(
             raise ValueError("cu_seqlens_cpu: got a tensor without cu_seqlens, expected both or neither")
         sequences = batch
     else:
-        for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens_cpu)):
-            if tensor is None:
-                continue
-            expect_tensor(name, tensor)
-            if tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
-            if tensor.ndim != 1 or tensor.shape[0] < 2:
-                raise ValueError(f"{name}: got shape {show(tensor)}, expected [N + 1], at least 2 numbers")
-        if cu_seqlens_cpu is not None:
-            if cu_seqlens_cpu.device.type != "cpu":
-                raise ValueError(f"cu_seqlens_cpu: got device {cu_seqlens_cpu.device}, expected cpu")
-            if cu_seqlens_cpu.shape != cu_seqlens.shape:
-                raise ValueError(
-                    f"cu_seqlens_cpu: got shape {show(cu_seqlens_cpu)}, expected cu_seqlens' {show(cu_seqlens)}"
-                )
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: got a query with batch {batch}, expected packed sequences in a batch of 1")
+        expect_offsets(cu_seqlens, cu_seqlens_cpu, inputs.query)
         sequences = cu_seqlens.shape[0] - 1
     if not store.plain():
         store.check(inputs.initial_state, inputs.query, cu_seqlens, checking)
     if inputs.initial_state is not None and store.indices is None and inputs.initial_state.shape[0] != sequences:
         raise ValueError(
-            f"initial_state: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
+            f"{state_name()}: got shape {show(inputs.initial_state)}, expected one state a sequence, N = {sequences}"
         )
     if cu_seqlens is None or torch.compiler.is_compiling() or not (on_host or cu_seqlens_cpu is not None):
         return None
     starts = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
-    if starts[0] != 0 or starts[-1] != time or any(last < first for first, last in pairwise(starts)):
-        raise ValueError(f"cu_seqlens: got {_brief(starts)}, expected numbers that never decrease from 0 to T = {time}")
+    expect_starts(starts, time)
     if checking and cu_seqlens_cpu is not None and cu_seqlens.tolist() != starts:
-        raise ValueError(f"cu_seqlens_cpu: got {_brief(starts)}, expected cu_seqlens' {_brief(cu_seqlens.tolist())}")
+        raise ValueError(f"cu_seqlens_cpu: got {brief(starts)}, expected cu_seqlens' {brief(cu_seqlens.tolist())}")
     return starts
-
-
-def _brief(numbers: list[int]) -> str:
-    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:8]))}, … {numbers[-1]}]"
 
 
 def _autocast(driver: LowRankDriver, query: Tensor) -> tuple[LowRankDriver, Tensor]:
@@ -447,7 +468,7 @@ def _with_states(
     if not places:
         raise ValueError("state_positions: got none, expected at least one number of tokens")
     if any(later < earlier for earlier, later in pairwise([0, *places, time])):
-        raise ValueError(f"state_positions: got {_brief(places)}, expected numbers that increase from 0 to T = {time}")
+        raise ValueError(f"state_positions: got {brief(places)}, expected numbers that increase from 0 to T = {time}")
     if starts is not None and places[0] == 0:
         raise ValueError("state_positions: got 0 with packed sequences, expected positions after at least one token")
     outputs, states = [], []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.checks import Memory, expect_floating, expect_rank, expect_shape, fingerprint, show
+from parallelflow.checks import Memory, expect_floating, expect_rank, expect_shape, fingerprint, show, state_name
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 
 
@@ -210,15 +210,14 @@ def _check_all(driver: LowRankDriver, query: Tensor, initial_state: Tensor | Non
         _check(row, query, heads, value_heads, value_dim)
     _check_decay(driver.log_decay, batch, time, value_heads, key_dim)
     if initial_state is not None:
-        expect_floating("initial_state", initial_state)
-        expect_rank("initial_state", initial_state, "[N, HV, K, V]", 4)
-        expect_shape(
-            "initial_state", initial_state, "[N, HV, K, V]", (initial_state.shape[0], value_heads, key_dim, value_dim)
-        )
+        name = state_name()
+        expect_floating(name, initial_state)
+        expect_rank(name, initial_state, "[N, HV, K, V]", 4)
+        expect_shape(name, initial_state, "[N, HV, K, V]", (initial_state.shape[0], value_heads, key_dim, value_dim))
         kinds = (torch.float32, torch.float64, *((torch.bfloat16,) if stored else ()))
         if initial_state.dtype not in kinds:
             more = "" if stored else " (bfloat16 with in_place or state_indices)"
-            raise TypeError(f"initial_state: got dtype {initial_state.dtype}, expected float32 or float64{more}")
+            raise TypeError(f"{name}: got dtype {initial_state.dtype}, expected float32 or float64{more}")
     for name, tensor in zip(Inputs._fields, _gather(driver, query, initial_state), strict=True):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected the query's, {query.device}")

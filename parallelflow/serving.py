@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallelflow.autograd import CODE, SLOTS, TENSORS, Code, Setting, nothing_to_record
-from parallelflow.checks import Memory, expect_tensor, fingerprint, show
+from parallelflow.checks import Memory, expect_tensor, fingerprint, show, state_name
 from parallelflow.problem import Inputs, Traits, sizes_of
 from parallelflow.torch_backend import Plan
 
@@ -39,8 +39,6 @@ class Store(NamedTuple):
 
     def check(self, initial_state: Tensor | None, query: Tensor, cu_seqlens: Tensor | None, values: bool) -> None:
         """TypeError or ValueError for what does not fit; ``values``: look at the numbers too."""
-        if not isinstance(self.in_place, bool):
-            raise TypeError(f"in_place: got {self.in_place!r}, expected True or False")
         sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         for name, tensor in (("state_indices", self.indices), ("accepted_tokens", self.accepted)):
             if tensor is None:
@@ -56,7 +54,7 @@ class Store(NamedTuple):
             name = "in_place" if self.in_place else "state_indices"
             raise ValueError(f"initial_state: got none with {name}, expected the states [slots, HV, K, V]")
         if self.indices is not None and initial_state is not None and initial_state.shape[0] == 0:
-            raise ValueError("initial_state: got no slots, expected at least one with state_indices")
+            raise ValueError(f"{state_name()}: got no slots, expected at least one with state_indices")
         if values:
             self._check_values(initial_state, query, cu_seqlens)
 

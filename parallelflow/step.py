@@ -16,11 +16,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from parallelflow import functional
 from parallelflow.again import remembered
-from parallelflow.checks import expect_tensor, nearest
+from parallelflow.checks import expect_tensor, nearest, one_token
 from parallelflow.integrate import Result
 
 _OPTIONS = (
@@ -44,7 +45,12 @@ def _single(model: Callable[..., Any]) -> Callable[..., Result]:
                 known = sorted({*_OPTIONS, "state"})
                 raise TypeError(f"{name}: unknown option{nearest(name, known)}; the options are {', '.join(known)}")
         timed = {name: _with_time(value) if name in names else value for name, value in keywords.items()}
-        result = model(*map(_with_time, tensors), initial_state=state, return_final_state=True, **timed)
+        token = None if torch.compiler.is_compiling() else one_token.set(True)
+        try:
+            result = model(*map(_with_time, tensors), initial_state=state, return_final_state=True, **timed)
+        finally:
+            if token is not None:
+                one_token.reset(token)
         return Result(result.output.squeeze(1), result.final_state)
 
     step.__doc__ = (

@@ -138,3 +138,13 @@ def test_models_have_a_formula_and_a_source(part, name, thing, said):
     text = thing.__doc__ or ""
     assert re.search(r"``[^`]*(=|←)[^`]*``", text), "no formula"
     assert re.search(r"Source: .*(arXiv \d{4}\.\d{5}|implemented in)", text.replace("\n", " ")), "no source"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "thing", "said"),
+    entries(lambda entry: entry[0] == "functional" and "." not in entry[1] and inspect.isfunction(entry[2])),
+)
+def test_a_model_says_itself_what_each_tensor_is(part, name, thing, said):
+    """``help`` of a function shows no more than its own docstring."""
+    for argument in inspect.signature(thing).parameters:
+        assert re.search(rf"``[^`]*\b{argument}\b[^`]*``", thing.__doc__), argument

@@ -124,6 +124,26 @@ def test_bad_steps_name_the_argument(model):
         model.step(inputs | {"query": inputs["query"][:, None]}, state=state)
 
 
+def test_errors_are_of_what_was_given():
+    """A step's arguments have no time axis and its state is called that; nor do its errors say otherwise."""
+    model = next(model for model in MODELS if model.name == "gated_delta_rule")
+    inputs, state = token(model.inputs(SIZES), 0), model.initial_state(SIZES)
+    query, key = inputs["query"], inputs["key"]
+
+    def message(changed, **options):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            model.step(inputs | changed, **{"state": state, **options})
+        return str(caught.value)
+
+    shown = [list(query[:, None].shape), list(query.shape)]
+    assert message({"query": query[:, None]}) == f"query: got shape {shown[0]} with 4 axes, expected [B, H, K]"
+    more = torch.cat([key, key[..., :1]], -1)
+    assert message({"key": more}) == f"key: got shape {list(more.shape)}, expected [B, H, K] = {shown[1]}"
+    assert message({"query": query[0]}).startswith(f"query: got shape {list(query[0].shape)} with 2 axes")
+    assert message({}, state=state[:1]).startswith(f"state: got shape {list(state[:1].shape)}, expected")
+    assert message({}, state=state.bfloat16()).startswith("state: got dtype torch.bfloat16, expected float32")
+
+
 # States at requested positions.
 
 

@@ -584,6 +584,13 @@ def test_autocast_leaves_the_small_matrices_alone():
         (lambda: Discretization("exact", "halves"), ValueError, "splitting: got 'halves'"),
         (lambda: Discretization("exact", node="left"), ValueError, "node: got 'left' with a driver"),
         (lambda: Discretization("exact", step="1"), TypeError, "step: got '1', expected a number"),
+        (lambda: Discretization("exact", step=-1), ValueError, "step: got -1, expected a finite length of time"),
+        (lambda: Discretization("exact", step=math.nan), ValueError, "step: got nan, expected a finite length"),
+        (
+            lambda: Discretization("exact", step=-torch.ones(2, 9)),
+            ValueError,
+            "step: got some that are negative or NaN",
+        ),
         (lambda: Discretization("exact", step=torch.ones(2)), ValueError, r"step: got shape \[2\]"),
         (lambda: Discretization("exact", step=torch.ones(2, 8)), ValueError, r"step: got shape \[2, 8\]"),
         (lambda: Discretization("exact", step=torch.ones(2, 9, 3)), ValueError, r"step: got shape \[2, 9, 3\]"),

@@ -179,3 +179,31 @@ def test_chens_relation(model, aggregate):
     entry = model.initial_state(sizes)
     exit = model.oracle(slice_time(inputs, 1, 12), initial_state=entry).final_state
     assert_close(whole.apply(entry), exit, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f.apply(state()[:2]), ValueError, r"state: got shape \[2, 3\], expected .* = \[4, 3\]"),
+        (lambda f: f.apply(state()[:, :2]), ValueError, r"state: got shape \[4, 2\]"),
+        (
+            lambda f: f.apply(state().float()),
+            TypeError,
+            "state: got dtype torch.float32, expected the flow's, torch.float64",
+        ),
+        (lambda f: f.apply([0.0]), TypeError, "state: got list, expected a tensor"),
+        (lambda f: Flow(f.transition[:3], f.source).apply(state()), ValueError, r"transition: got shape \[3, 4\]"),
+        (lambda f: Flow(f.transition[..., 0, :3], f.source).apply(state()), ValueError, r"transition: got shape \[3\]"),
+        (lambda f: compose(f, Flow(f.transition, f.source[:, :2])), ValueError, r"later.source: got shape \[4, 2\]"),
+        (
+            lambda f: compose(f, Flow(f.transition[:3, :3], f.source[:3])),
+            ValueError,
+            r"later.source: got shape \[3, 3\]",
+        ),
+        (lambda f: compose(f, f.source), TypeError, "later: got Tensor, expected a Flow"),
+        (lambda f: compose(f.source, f), TypeError, "first: got Tensor, expected a Flow"),
+    ],
+)
+def test_errors_of_flows(call, error, message):
+    with pytest.raises(error, match=message):
+        call(flow("dense"))

@@ -150,6 +150,69 @@ def test_bad_scale(scale):
     raises(lambda: DELTA(DELTA.inputs(SIZES), scale=scale), "scale")
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_is_finite(scale):
+    for _ in range(2):
+        raises(lambda: DELTA(DELTA.inputs(SIZES), scale=scale), "scale", kinds=ValueError, shows=[scale, "finite"])
+
+
+FLAGS = ("return_final_state", "normalize_query_key", "in_place", "batch_invariant")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["no", 1, 0, None], ids=str)
+def test_a_flag_is_true_or_false(flag, value):
+    """Not what Python takes for true: a string "no" is."""
+    raises(lambda: DELTA(DELTA.inputs(SIZES), **{flag: value}), flag, kinds=TypeError, shows=["True or False"])
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0], ids=str)
+def test_validate_is_a_flag_or_none(value):
+    raises(
+        lambda: DELTA(DELTA.inputs(SIZES), validate=value), "validate", kinds=TypeError, shows=["True, False or None"]
+    )
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.normalizes], ids=by_name)
+def test_normalize_is_a_flag(model):
+    inputs = model.inputs(SIZES)
+    raises(lambda: pf.linear_attention(**inputs, normalize="no"), "normalize", kinds=TypeError, shows=["'no'"])
+
+
+@pytest.mark.parametrize("option", [{"context_lengths": [3, 3]}, {"final_state_on": "all"}], ids=str)
+def test_options_of_ranks_need_ranks(option):
+    (name,) = option
+    raises(lambda: DELTA(DELTA.inputs(SIZES), **option), name, kinds=ValueError, shows=["context_group"])
+
+
+def test_accepted_tokens_need_a_state_to_keep():
+    accepted = torch.tensor([1, 2])
+    raises(
+        lambda: DELTA(DELTA.inputs(SIZES), accepted_tokens=accepted), "accepted_tokens", shows=["return_final_state"]
+    )
+
+
+@pytest.mark.parametrize("name", ["query", "value", "beta"])
+def test_not_dense(name):
+    """After a dense tensor of the same shape has passed, too."""
+    inputs = DELTA.inputs(SIZES)
+    DELTA(inputs)
+    broken = inputs | {name: inputs[name].to_sparse()}
+    raises(lambda: DELTA(broken), name, kinds=TypeError, shows=["sparse_coo", "dense"])
+
+
+def test_no_heads():
+    inputs = {name: tensor[:, :, :0] for name, tensor in DELTA.inputs(SIZES).items()}
+    raises(lambda: DELTA(inputs), "query", kinds=ValueError, shows=[shape(inputs["query"]), "at least one head"])
+
+
+def test_a_kernel_that_makes_its_own_choices_says_which():
+    inputs = DELTA.inputs(SIZES, dtype=torch.float32)
+    message = raises(lambda: DELTA(inputs, backend="cpu", chunk_size=32), "backend", shows=["chunk_size=32", "64"])
+    assert "solver" not in message
+    raises(lambda: DELTA(inputs, backend="cpu", solver="sigdelta"), "backend", shows=["solver='sigdelta'"])
+
+
 @pytest.mark.parametrize("model", STRUCTURES, ids=by_name)
 def test_bad_initial_state(model):
     inputs, state = model.inputs(SIZES), model.initial_state(SIZES)
@@ -189,6 +252,11 @@ def test_offsets_of_the_wrong_kind():
     raises(lambda: DELTA(packed(), cu_seqlens=torch.tensor([[0, 6]])), "cu_seqlens", shows=["1, 2"])
     raises(lambda: DELTA(packed(), cu_seqlens=[0, 6]), "cu_seqlens", kinds=TypeError, shows=["list"])
     raises(lambda: DELTA(packed(), cu_seqlens=torch.tensor([0, 6], dtype=torch.int16)), "cu_seqlens", shows=["int16"])
+
+
+def test_offsets_on_another_device():
+    offsets = torch.tensor([0, 6], device="meta")
+    raises(lambda: DELTA(packed(), cu_seqlens=offsets), "cu_seqlens", kinds=ValueError, shows=["meta", "cpu"])
 
 
 def test_offsets_on_the_host_must_agree():
@@ -253,6 +321,27 @@ def test_rows_and_drivers():
         "coefficient",
         "value",
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "came"),
+    [
+        (lambda x: pf.Row(x, value=x), "value", "Tensor"),
+        (lambda x: pf.Row(x, x, pf.Factor(x)), "read", "Tensor"),
+        (lambda x: pf.Row(pf.Factor(x), value=pf.Factor(x)), "write", "Factor"),
+        (lambda x: pf.Row(None, value=pf.Factor(x)), "write", "NoneType"),
+        (lambda x: pf.Row(x, value=(x, None)), "value", "tuple"),
+        (lambda x: pf.LowRankDriver(pf.Row(x, value=pf.Factor(x))), "rows", "Row"),
+        (lambda x: pf.LowRankDriver(None), "rows", "NoneType"),
+        (lambda x: pf.LowRankDriver((x,)), "rows", "Tensor"),
+        (lambda x: pf.LowRankDriver(x), "rows", "Tensor"),
+        (lambda x: pf.discretize(x, "exact"), "driver", "Tensor"),
+        (lambda x: pf.discretize(None), "driver", "NoneType"),
+        (lambda x: pf.DriverSource(3, torch.linspace(0, 1, 5)), "rates", "int"),
+    ],
+)
+def test_parts_of_a_driver_are_what_they_are_called(make, name, came):
+    raises(lambda: make(torch.zeros(1, 4, 2, 3)), name, kinds=TypeError, shows=[f"got {came}"])
 
 
 # Hard data. Budgets are derived from the data: see parallelflow.testing.error_budget.

@@ -141,11 +141,42 @@ def test_gradients_of_paths(make):
         (torch.tensor([0.0, 1.0]), torch.zeros(1, 3, 1), r"times: got shape \[2\]"),
         (torch.tensor([0.0]), torch.zeros(1, 1, 1), "expected at least two observations"),
         (torch.tensor([0.0, 1.0]), torch.zeros(2, 1), r"values: got shape \[2, 1\]"),
+        (torch.tensor([0.0, torch.inf]), torch.zeros(1, 2, 1), "times: got infinite"),
+        (torch.tensor([0.0, 1.0]), torch.tensor([[[0.0], [torch.inf]]]), "values: got infinite"),
     ],
 )
 def test_errors_of_paths(times, values, message):
     with pytest.raises(ValueError, match=message):
         paths.linear(times, values)
+
+
+def test_errors_of_what_is_made_of_paths():
+    """A path, a field, a source and a grid in each other's places, and a grid that goes back."""
+    times, values = observations()
+    path, field = paths.linear(times, values), random_field(3)
+    source, query = paths.controlled(path, field), torch.zeros(2, 8, 1, 4, dtype=F64)
+    back, one = times.flip(1), times[:, :1]
+    cases = [
+        (lambda: path.evaluate(times.repeat(2, 1)), ValueError, r"times: got shape \[4, 9\].* B = 2"),
+        (lambda: paths.controlled(field, path), TypeError, "path: got LinearField, expected a Path"),
+        (lambda: paths.controlled(path, path), TypeError, "field: got Path, expected a LinearField"),
+        (lambda: paths.controlled(path, field, back), ValueError, "grid: got times that decrease"),
+        (lambda: paths.log_ode(path, field, back), ValueError, "grid: got times that decrease"),
+        (lambda: paths.log_signature(path, one), ValueError, r"grid: got shape \[2, 1\], expected at least two"),
+        (lambda: paths.log_signature(values, times), TypeError, "path: got Tensor, expected a Path"),
+        (lambda: paths.solve(pf.discretize(source, "exact"), query), TypeError, "source: got LowRankDriver"),
+        (lambda: paths.refine(path), TypeError, "source: got Path, expected a DriverSource"),
+        (lambda: paths.solve(source, query.tolist()), TypeError, "query: got list"),
+        (lambda: paths.solve(source, query, max_steps=15), ValueError, "max_steps: got 15, expected at least 16"),
+        (
+            lambda: paths.solve(source, query, initial_state=torch.zeros(2, 1, 3, 4)),
+            ValueError,
+            r"initial_state: got shape \[2, 1, 3, 4\], expected \[B, HV, K, V\]",
+        ),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
 
 
 # --- controlled equations ---------------------------------------------------------------------------------------------

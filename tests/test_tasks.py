@@ -26,6 +26,8 @@ def test_shapes_ranges_and_seeds(name):
     assert torch.equal(draw(name).tokens, tokens) and not torch.equal(draw(name, seed=1).tokens, tokens)
     with pytest.raises(ValueError, match="length: got 0"):
         task.draw(1, 0)
+    with pytest.raises(TypeError, match=r"generator: got int, expected a torch\.Generator or None"):
+        task.draw(1, 5, 0)
 
 
 def test_parity_counts_ones():

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parallelflow.checks import device_of
+
 
 def train(
     data: Annotated[Path, typer.Option(help="A file, or a folder: all files below it.")],
@@ -36,7 +38,10 @@ def train(
         if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
             raise ValueError(f"output: got {output}, expected a folder, not a file or what is below one")
         text = open_text(data, tokens, recipe, output / "tokens")
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output: got {output}, which cannot be made: {error.strerror}") from None
         place = chosen_device(device)
         if tokenizer is not None and tokenizer.resolve() != (output / "tokenizer.json").resolve():
             shutil.copyfile(tokenizer, output / "tokenizer.json")
@@ -92,13 +97,8 @@ def extra_needed() -> None:
 
 
 def chosen_device(name: str) -> torch.device:
-    """ValueError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, expected one that is here: {str(error).splitlines()[0]}") from None
+    """ValueError for one that is not there; for ``auto`` a GPU where there is one."""
+    return device_of(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def plot(log: Path, file: Path) -> Path:

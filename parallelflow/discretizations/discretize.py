@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_choice, expect_floating, expect_number, expect_rank, show
+from parallelflow.checks import expect_choice, expect_floating, expect_kind, expect_number, expect_rank, show
 from parallelflow.discretizations.backward_euler import BackwardEuler
 from parallelflow.discretizations.base import Scheme
 from parallelflow.discretizations.cayley import Cayley
@@ -20,7 +20,7 @@ from parallelflow.discretizations.rows import compute_dtype, rescaled, value_hea
 from parallelflow.discretizations.source import DriverSource
 from parallelflow.discretizations.splitting import commuting, lie, strang
 from parallelflow.drivers.base import LowRankDriver, Row
-from parallelflow.problem import without_autocast
+from parallelflow.problem import may_read, without_autocast
 
 ONE_NODE: dict[str, Scheme] = {
     scheme.name: scheme for scheme in (Euler(), BackwardEuler(), Cayley(), RungeKutta4(), Exact())
@@ -45,8 +45,8 @@ class Discretization:
             ``DriverSource`` (the tokens of a driver are constant, where it would be ``exact``).
         splitting: for a log-decay a key channel, which does not commute with the rows: ``lie`` (decay, then rows: order
             1; what None means) or ``strang`` (half, rows, half: order 2). With any other decay nothing is split.
-        step: how long tokens last: a number, or a tensor of one number, ``[B, T]`` or ``[B, T, HV]``. None is 1.
-            A ``DriverSource`` has its grid instead.
+        step: how long tokens last, ≥ 0 (a tensor's numbers are looked at on a CPU only): a number, or a tensor of one
+            number, ``[B, T]`` or ``[B, T, HV]``. None is 1. A ``DriverSource`` has its grid instead.
         node: where in a step a ``DriverSource`` is sampled: ``midpoint`` (None) or ``left``.
 
     Raises:
@@ -69,8 +69,12 @@ class Discretization:
         if isinstance(self.step, Tensor):
             expect_floating("step", self.step)
             expect_rank("step", self.step, "one number, [B, T] or [B, T, HV]", 0, 2, 3)
+            if may_read(self.step) and not bool((self.step >= 0).all()):
+                raise ValueError("step: got some that are negative or NaN, expected lengths of time, ≥ 0")
         elif self.step is not None:
             expect_number("step", self.step)
+            if not 0 <= self.step < float("inf"):
+                raise ValueError(f"step: got {self.step}, expected a finite length of time, ≥ 0")
         if self.scheme == "magnus4":
             for name in ("splitting", "node"):
                 if getattr(self, name) is not None:
@@ -97,6 +101,7 @@ def discretize(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
     """
+    expect_kind("driver", driver, (LowRankDriver, DriverSource), "a LowRankDriver or a DriverSource")
     if isinstance(discretization, str):
         discretization = Discretization(discretization)
     if discretization is None:

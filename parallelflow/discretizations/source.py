@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parallelflow.checks import expect_floating, expect_rank, show
 from parallelflow.drivers.base import LowRankDriver
+from parallelflow.problem import may_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class DriverSource:
     Args:
         rates: from times ``[T]`` or ``[B, T]`` (the grid's layout) to the driver whose tokens hold the rows and the
             log-decay *per unit of time* at these times. It is called with times inside the steps.
-        grid: ``[T + 1]``, or ``[B, T + 1]`` for a grid a sequence; never decreasing. Steps of length 0 do nothing.
+        grid: ``[T + 1]``, or ``[B, T + 1]`` for a grid a sequence; never decreasing, which is looked at on a CPU only.
+            Steps of length 0 do nothing.
 
     Raises:
         TypeError, ValueError: for a grid that is no grid.
@@ -29,10 +31,9 @@ class DriverSource:
     grid: Tensor
 
     def __post_init__(self) -> None:
-        expect_floating("grid", self.grid)
-        expect_rank("grid", self.grid, "[T + 1] or [B, T + 1]", 1, 2)
-        if self.grid.shape[-1] < 2:
-            raise ValueError(f"grid: got shape {show(self.grid)}, expected at least two times")
+        if not callable(self.rates):
+            raise TypeError(f"rates: got {type(self.rates).__name__}, expected a function of times")
+        check_grid(self.grid, "[T + 1] or [B, T + 1]")
 
     @property
     def steps(self) -> Tensor:
@@ -55,3 +56,14 @@ class DriverSource:
     def per_token(self, driver: LowRankDriver) -> Tensor:
         """The steps as ``[B, T]`` of this driver."""
         return self.steps.expand(driver.rows[0].write.shape[0], -1)
+
+
+def check_grid(grid: Tensor, layout: str) -> None:
+    """TypeError or ValueError unless these are at least two times; on a CPU also for times that decrease, which would
+    run the system backwards."""
+    expect_floating("grid", grid)
+    expect_rank("grid", grid, layout, 1, 2)
+    if grid.shape[-1] < 2:
+        raise ValueError(f"grid: got shape {show(grid)}, expected at least two times")
+    if may_read(grid) and not bool((grid.diff(dim=-1) >= 0).all()):
+        raise ValueError("grid: got times that decrease or are NaN, expected some that never decrease")

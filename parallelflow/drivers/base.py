@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.checks import Memory, expect_floating, expect_rank, fingerprint, show
+from parallelflow.checks import Memory, expect_floating, expect_kind, expect_rank, expect_tensor, fingerprint, show
 
 Order = Literal["simultaneous", "sequential"]
 Reads = Literal["decayed", "raw"]
@@ -32,11 +32,20 @@ class Row:
 
     ``read`` is a (None: the row only writes), ``write`` is b ``[B, T, (R,) H, K]``, ``value`` is u (None: the row only
     transforms the state). The same tensor in two slots is a *tie*, which kernels use.
+
+    Raises:
+        TypeError: for a read or value that is no ``Factor``, a write that is no tensor.
     """
 
     write: Tensor
     read: Factor | None = None
     value: Factor | None = None
+
+    def __post_init__(self) -> None:
+        expect_tensor("write", self.write)
+        for name, factor in (("read", self.read), ("value", self.value)):
+            if factor is not None:
+                expect_kind(name, factor, Factor, "a Factor(vector, coefficient) or None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +76,9 @@ class LowRankDriver:
     """All but the numbers: shapes, dtypes, devices, signs, ties. Drivers of one signature are checked once."""
 
     def __post_init__(self) -> None:
+        expect_kind("rows", self.rows, (tuple, list), "a tuple of Rows")
+        for row in self.rows:
+            expect_kind("rows", row, Row, "Rows in the tuple")
         object.__setattr__(self, "rows", tuple(self.rows))
         if torch.compiler.is_compiling():
             self._check()

@@ -11,12 +11,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from parallelflow.checks import expect_shape, show
+from parallelflow.checks import expect_offsets, expect_shape, show
 from parallelflow.models.cache import ParallelFlowCache
 from parallelflow.models.configuration import ParallelFlowConfig
 from parallelflow.nn import RWKV7, Block, Layer, make_layer
 from parallelflow.nn.layer import tokens_of_ranks
 from parallelflow.nn.packing import Packing
+from parallelflow.problem import may_read
 
 
 class ParallelFlowBlock(GradientCheckpointingLayer, Block):
@@ -91,6 +92,11 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64)):
             got = f"{input_ids.dtype} {show(input_ids)}"
             raise ValueError(f"input_ids: got {got}, expected numbers of tokens [B, T], int32 or int64")
+        if input_ids is not None and may_read(input_ids) and input_ids.numel():
+            least, most = int(input_ids.min()), int(input_ids.max())
+            count = getattr(self.embeddings, "num_embeddings", self.config.vocab_size)
+            if least < 0 or most >= count:
+                raise ValueError(f"input_ids: got tokens from {least} to {most}, expected some from 0 to {count - 1}")
         _refuse(unused)
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
@@ -106,6 +112,7 @@ class ParallelFlowModel(ParallelFlowPreTrainedModel):
         if cu_seqlens is None:
             packing = Packing.of(attention_mask, hidden_states)
         elif attention_mask is None:
+            expect_offsets(cu_seqlens, None, hidden_states)
             options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens.cpu()}
         else:
             raise ValueError("attention_mask: got one together with cu_seqlens, expected one or the other")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from parallelflow.checks import expect_positive_integer, expect_positive_number
-from parallelflow.nn.layer import Layer, Mixed, Sequences
+from parallelflow.nn.layer import Layer, Mixed, Sequences, head_size
 
 
 class KeysAndValues(NamedTuple):
@@ -41,6 +41,8 @@ class SoftmaxAttention(Layer):
     flash-linear-attention's ``Attention``.
     """
 
+    remembers = KeysAndValues
+
     def __init__(
         self,
         hidden_size: int,
@@ -55,7 +57,7 @@ class SoftmaxAttention(Layer):
         expect_positive_number("rope_theta", rope_theta)
         self.num_heads, self.rope_theta = num_heads, rope_theta
         self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else head_dim
         for name in ("num_key_value_heads", "head_dim"):
             expect_positive_integer(name, getattr(self, name))
         if num_heads % self.num_key_value_heads:
@@ -126,7 +128,7 @@ class SoftmaxAttention(Layer):
             assert starts is not None
             new = starts.to("cpu", torch.int64).diff()
         else:
-            new = torch.full((query.shape[0],), query.shape[1])
+            new = torch.full((query.shape[0],), query.shape[1], device="cpu")
         if memory is None:
             old = torch.zeros_like(new)
         elif memory.lengths is None:
@@ -134,8 +136,8 @@ class SoftmaxAttention(Layer):
         else:
             old = memory.lengths
         total, width = old + new, int(new.max())
-        sequence = torch.arange(len(new)).repeat_interleave(new)  # of each new token
-        place = torch.arange(int(new.sum())) - (new.cumsum(0) - new)[sequence]  # among its sequence's new ones
+        sequence = torch.arange(len(new), device="cpu").repeat_interleave(new)  # of each new token
+        place = torch.arange(len(sequence), device="cpu") - (new.cumsum(0) - new)[sequence]  # among its sequence's
         position = old[sequence] + place
         sequence, place, position = (index.to(device) for index in (sequence, place, position))
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))

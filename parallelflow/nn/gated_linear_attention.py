@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallelflow.checks import expect_positive_integer, expect_positive_number
 from parallelflow.functional import gated_linear_attention
-from parallelflow.nn.layer import AnyResult, low_rank
+from parallelflow.nn.layer import AnyResult, head_size, low_rank
 from parallelflow.nn.query_key_value import QueryKeyValueLayer
 
 
@@ -17,6 +17,7 @@ class GatedLinearAttention(QueryKeyValueLayer):
     """``S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ`` with ``g = log sigmoid(W_gk x + b) / τ`` for each key channel.
 
     Args:
+        num_heads: H.
         head_dim: K; None is D / 2 over the heads, as published.
         value_head_dim: V; None is D over the heads.
         conv_size: 0 unless given: no convolution, and then no SiLU either.
@@ -42,15 +43,14 @@ class GatedLinearAttention(QueryKeyValueLayer):
         temperature: float = 16.0,
         **options: Any,
     ) -> None:
-        expect_positive_integer("num_heads", num_heads)
         expect_positive_integer("decay_rank", decay_rank)
         expect_positive_number("temperature", temperature)
         self.norm_name = "g_norm_swish_gate" if output_gate == "silu" else "g_norm"
         super().__init__(
             hidden_size,
             num_heads=num_heads,
-            head_dim=hidden_size // 2 // num_heads if head_dim is None else head_dim,
-            value_head_dim=hidden_size // num_heads if value_head_dim is None else value_head_dim,
+            head_dim=head_size(hidden_size // 2, num_heads) if head_dim is None else head_dim,
+            value_head_dim=head_size(hidden_size, num_heads) if value_head_dim is None else value_head_dim,
             conv_size=conv_size,
             output_gate=output_gate,
             **options,

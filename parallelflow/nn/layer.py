@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_floating, expect_positive_integer, show
+from parallelflow.checks import (
+    expect_floating,
+    expect_kind,
+    expect_offsets,
+    expect_positive_integer,
+    expect_starts,
+    expect_tensor,
+    nearest,
+    show,
+)
 from parallelflow.integrate import Options, Result, ResultWithStates
+from parallelflow.nn.engine import check_engine
 from parallelflow.nn.packing import Packing
+from parallelflow.problem import may_read
 
 AnyResult = Result | ResultWithStates
 
@@ -71,8 +83,8 @@ class Layer(nn.Module):
 
     Args:
         hidden_size: D, the channels of the hidden states.
-        engine: options of ``parallelflow.integrate`` for every call: ``chunk_size``, ``solver``, ``aggregate``,
-            ``backend``, ``validate``.
+        engine: options of ``parallelflow.integrate`` for every call: ``discretization``, ``scale``, ``chunk_size``,
+            ``solver``, ``aggregate``, ``backend``, ``batch_invariant``, ``validate``.
 
     Called with
 
@@ -93,14 +105,23 @@ class Layer(nn.Module):
     """
 
     context_group: Any = None
+    remembers: type = Memory
+    takes_first_value = False
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        known = options_of(cls)
+        for option in options:
+            if option not in known:
+                raise TypeError(
+                    f"{option}: {cls.__name__} has no such option{nearest(option, known)}; it has {', '.join(known)}"
+                )
+        return super().__new__(cls)
 
     def __init__(self, hidden_size: int, engine: Options | None = None) -> None:
         super().__init__()
         expect_positive_integer("hidden_size", hidden_size)
-        if engine is not None and not isinstance(engine, dict):
-            raise TypeError(f"engine: got {engine!r}, expected a dictionary of options of parallelflow.integrate")
         self.hidden_size = hidden_size
-        self.engine: Options = {} if engine is None else engine
+        self.engine: Any = check_engine(engine)
 
     def forward(
         self,
@@ -118,7 +139,18 @@ class Layer(nn.Module):
             raise ValueError(
                 f"hidden_states: got shape {show(hidden_states)}, expected [B, T, D] with D = {self.hidden_size}"
             )
+        if not torch.compiler.is_compiling():
+            self._check(hidden_states, memory)
+        if first_value is not None and not self.takes_first_value:
+            raise TypeError(f"first_value: got one, expected none: a {type(self).__name__} does not take it")
         group = self.context_group
+        if cu_seqlens is not None or cu_seqlens_cpu is not None:
+            expect_offsets(cu_seqlens, cu_seqlens_cpu, hidden_states)
+            assert cu_seqlens is not None
+            if cu_seqlens.device != hidden_states.device:
+                cu_seqlens, cu_seqlens_cpu = cu_seqlens.to(hidden_states.device), cu_seqlens
+            if group is None and may_read(hidden_states):
+                expect_starts(cu_seqlens.tolist(), hidden_states.shape[1])
         if group is not None and attention_mask is not None:
             raise ValueError("attention_mask: got one with a context group, expected packed sequences or none")
         if group is not None and context_lengths is None:
@@ -136,6 +168,18 @@ class Layer(nn.Module):
         sequences = Sequences(packing.cu_seqlens, packing.cu_seqlens_cpu)
         shared = {name: packing.pack(tensor) for name, tensor in shared.items()}
         return self.mix(packing.pack(hidden_states), memory, sequences, **shared).per_token(packing.unpack)
+
+    def _check(self, hidden_states: Tensor, memory: Any) -> None:
+        """TypeError for hidden states that the projections do not take, and for what is no memory of such a layer."""
+        if memory is not None:
+            expect_kind("memory", memory, self.remembers, f"a {self.remembers.__name__} of an earlier call, or None")
+            if isinstance(memory, Memory):
+                expect_tensor("memory.state", memory.state)
+        weights = (part.weight for part in self.modules() if isinstance(part, nn.Linear))
+        dtype = next((weight.dtype for weight in weights), hidden_states.dtype)
+        same = dtype == hidden_states.dtype or torch.is_autocast_enabled(hidden_states.device.type)
+        if not same and dtype.is_floating_point and dtype.itemsize > 1:  # else the projections are not PyTorch's own
+            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, expected the parameters', {dtype}")
 
     @abstractmethod
     def mix(self, hidden_states: Tensor, memory: Any, sequences: Sequences) -> Mixed:
@@ -182,13 +226,41 @@ def set_context_group(module: nn.Module, context_group: Any) -> None:
     gradients over the ranks is the gradient of the sum of the ranks' losses.
 
     Raises:
-        ValueError: where nothing in ``module`` can be told.
+        TypeError, ValueError: for what is no group, and where nothing in ``module`` can be told.
     """
+    if context_group is not None:
+        from parallelflow.distributed import Context
+
+        Context.of(context_group)
     parts = [part for part in module.modules() if hasattr(type(part), "context_group")]
     if not parts:
         raise ValueError(f"module: got a {type(module).__name__} without layers of parallelflow.nn, expected some")
     for part in parts:
         part.context_group = context_group
+
+
+def options_of(kind: type[Layer]) -> list[str]:
+    """The keywords that a class of layers takes, those that it hands on to its bases included."""
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if issubclass(each, Layer) and "__init__" in vars(each):
+            parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
+            found |= {one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break  # what its bases take, it does not hand on
+    return sorted(found)
+
+
+def head_size(hidden_size: int, num_heads: int) -> int:
+    """The channels of a head, where ``num_heads`` share ``hidden_size``.
+
+    Raises:
+        ValueError: where they cannot.
+    """
+    expect_positive_integer("num_heads", num_heads)
+    if hidden_size % num_heads:
+        raise ValueError(f"num_heads: got {num_heads}, expected a divisor of {hidden_size} channels, or head_dim")
+    return hidden_size // num_heads
 
 
 def low_rank(inputs: int, rank: int, outputs: int, bias: bool = False) -> nn.Sequential:

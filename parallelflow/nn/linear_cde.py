@@ -7,9 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from parallelflow.checks import expect_choice, expect_positive_integer, show
+from parallelflow.checks import expect_choice, expect_floating, expect_positive_integer, show
 from parallelflow.discretizations import Discretization
+from parallelflow.discretizations.discretize import SCHEMES
+from parallelflow.discretizations.source import check_grid
 from parallelflow.integrate import integrate
+from parallelflow.nn.engine import check_engine
 from parallelflow.paths import LinearField, Path, controlled, hermite, linear, log_ode, rectilinear
 
 INTERPOLATIONS = {"linear": linear, "hermite": hermite, "rectilinear": rectilinear}
@@ -29,7 +32,7 @@ class LinearCDE(nn.Module):
         interpolation: ``linear``, ``hermite`` or ``rectilinear`` (causal), see ``parallelflow.paths``.
         discretization: how the equation is stepped: any that ``integrate`` takes for a source, or ``log_ode``, whose
             steps are windows of many observations.
-        engine: options of ``integrate`` for every call: ``chunk_size``, ``solver``, ``aggregate``, ``backend``.
+        engine: options of ``integrate`` for every call, as a ``Layer`` takes them but for ``discretization``.
 
     Called with ``times [L]`` or ``[B, L]`` and ``values [B, L, channels]`` (NaN where missing; a sequence is padded by
     repeating its last time) and, if steps are not to go from observation to observation, ``grid [T + 1]`` or
@@ -62,11 +65,13 @@ class LinearCDE(nn.Module):
         for name, size in (sizes | {"value_head_dim": value_head_dim, "rank": rank}).items():
             expect_positive_integer(name, size)
         expect_choice("interpolation", interpolation, INTERPOLATIONS)
+        if not isinstance(discretization, Discretization):
+            expect_choice("discretization", discretization, (*SCHEMES, "log_ode"))
         if isinstance(discretization, str) and discretization != "log_ode":
             discretization = Discretization(discretization)
         self.channels, self.head_dim = channels, head_dim
         self.interpolation, self.discretization = interpolation, discretization
-        self.engine = {} if engine is None else engine
+        self.engine = check_engine(engine, taken=("discretization",))
         rows = (channels + 1, rank, num_heads)
         self.read = nn.Parameter(torch.randn(*rows, head_dim) / head_dim**0.5)
         self.write = nn.Parameter(torch.randn(*rows, head_dim) / head_dim**0.5)
@@ -84,6 +89,7 @@ class LinearCDE(nn.Module):
 
     def path(self, times: Tensor, values: Tensor) -> Path:
         """The observations as a path."""
+        expect_floating("values", values)
         if values.ndim == 3 and values.shape[-1] != self.channels:
             raise ValueError(f"values: got shape {show(values)}, expected [B, L, channels = {self.channels}]")
         return INTERPOLATIONS[self.interpolation](times, values)
@@ -91,6 +97,7 @@ class LinearCDE(nn.Module):
     def forward(self, times: Tensor, values: Tensor, grid: Tensor | None = None) -> Tensor:
         path, field = self.path(times, values), self.field()
         grid = path.knots if grid is None else grid
+        check_grid(grid, "[T + 1] or [B, T + 1]")
         seen = path.evaluate(grid[..., 1:]).to(self.q_proj.weight.dtype)
         query = self.q_proj(seen).unflatten(-1, (-1, self.head_dim)).to(self.read.dtype)
         if self.discretization == "log_ode":

@@ -7,8 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallelflow.checks import expect_flag, expect_positive_integer
+from parallelflow.checks import expect_choice, expect_flag, expect_kind, expect_positive_integer
+from parallelflow.discretizations import Discretization
+from parallelflow.discretizations.discretize import ONE_NODE
 from parallelflow.functional import low_rank_flow
+from parallelflow.nn.engine import check_engine
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.layer import AnyResult
 
@@ -36,6 +39,10 @@ class LowRankFlow(GatedDeltaNet):
         expect_flag("tied", tied)
         super().__init__(hidden_size, rows=rank, key_rows=rank if tied else 2 * rank, **options)
         self.tied = tied
+        check_engine(self.engine, taken=("discretization",))
+        chosen = Discretization(discretization) if isinstance(discretization, str) else discretization
+        expect_kind("discretization", chosen, Discretization, f"a Discretization or one of {', '.join(ONE_NODE)}")
+        expect_choice("discretization", chosen.scheme, ONE_NODE)
         self.engine = {"discretization": discretization, **self.engine}
 
     def flow(self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> AnyResult:

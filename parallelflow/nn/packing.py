@@ -44,9 +44,9 @@ class Packing(NamedTuple):
                 f"attention_mask: got shape {show(attention_mask)}, expected [B, T] = [{batch}, {time}] or more columns"
             )
         recent = attention_mask[:, attention_mask.shape[1] - time :]
-        mask = recent.to(torch.bool)
-        if bool(mask.all()):
+        if bool((recent == 1).all()):
             return None
+        mask = recent.to(torch.bool)
         if recent.dtype != torch.bool and not bool(((recent == 0) | (recent == 1)).all()):
             raise ValueError("attention_mask: got numbers other than 0 and 1, expected 0 (padding) and 1 (a token)")
         cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))

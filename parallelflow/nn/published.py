@@ -7,6 +7,7 @@ renamed; what a layer then lacks or does not know is reported by ``load_state_di
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,14 +17,20 @@ Parameters = dict[str, Tensor]
 
 def accept(layer: nn.Module, *layouts: Callable[[Any, Parameters], None]) -> None:
     """Lets ``layer.load_state_dict`` take these layouts: each is called with the layer and its parameters by name."""
+    layer.register_load_state_dict_pre_hook(partial(_translate, layouts))  # which can be pickled, as a closure cannot
 
-    def translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        own = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-        for layout in layouts:
-            layout(module, own)
-        state_dict.update({prefix + name: value for name, value in own.items()})
 
-    layer.register_load_state_dict_pre_hook(translate)
+def _translate(
+    layouts: tuple[Callable[[Any, Parameters], None], ...],
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    own = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    for layout in layouts:
+        layout(layer, own)
+    state_dict.update({prefix + name: value for name, value in own.items()})
 
 
 def rename(parameters: Parameters, **names: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parallelflow.checks import expect_choice, expect_flag, expect_positive_integer, expect_positive_number
 from parallelflow.integrate import Options
 from parallelflow.nn.convolution import depthwise, short_convolution
-from parallelflow.nn.layer import AnyResult, Layer, Memory, Mixed, Sequences, low_rank
+from parallelflow.nn.layer import AnyResult, Layer, Memory, Mixed, Sequences, head_size, low_rank
 from parallelflow.nn.norm import ACTIVATIONS, GatedRMSNorm
 
 
@@ -66,7 +66,7 @@ class QueryKeyValueLayer(Layer):
         if output_gate is not None:
             expect_choice("output_gate", output_gate, ACTIVATIONS)
         self.num_heads, self.num_value_heads = num_heads, num_heads if num_value_heads is None else num_value_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.head_dim = head_size(hidden_size, num_heads) if head_dim is None else head_dim
         self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
         self.rows = 1 if rows is None else rows
         self.key_rows = self.rows if key_rows is None else key_rows

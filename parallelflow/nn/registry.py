@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from parallelflow.checks import expect_choice, nearest
@@ -13,7 +12,7 @@ from parallelflow.nn.delta_product import DeltaProduct
 from parallelflow.nn.gated_delta_net import GatedDeltaNet
 from parallelflow.nn.gated_linear_attention import GatedLinearAttention
 from parallelflow.nn.kimi_delta_attention import KimiDeltaAttention
-from parallelflow.nn.layer import Layer
+from parallelflow.nn.layer import Layer, options_of
 from parallelflow.nn.low_rank_flow import LowRankFlow
 from parallelflow.nn.mamba2 import Mamba2
 from parallelflow.nn.rwkv7 import RWKV7
@@ -32,6 +31,10 @@ LAYERS: dict[str, type[Layer]] = {
 }
 
 
+ITS_OWN = ("hidden_size", "rows", "key_rows", "low_rank_gate")
+"""What is not chosen by an option, but by the kind of layer."""
+
+
 def layer_options(name: str) -> list[str]:
     """The keywords that the layer takes.
 
@@ -39,14 +42,7 @@ def layer_options(name: str) -> list[str]:
         ValueError: for a name that is not in ``LAYERS``.
     """
     expect_choice("layer", name, LAYERS)
-    found: set[str] = set()
-    for kind in LAYERS[name].__mro__:
-        if issubclass(kind, Layer) and "__init__" in vars(kind):
-            parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
-            found |= {each.name for each in parameters if each.kind is each.KEYWORD_ONLY or each.name == "engine"}
-            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-                break  # what its bases take, it does not hand on
-    return sorted(found - {"rows", "key_rows", "low_rank_gate"})
+    return [option for option in options_of(LAYERS[name]) if option not in ITS_OWN]
 
 
 def make_layer(name: str, hidden_size: int, **options: Any) -> Layer:

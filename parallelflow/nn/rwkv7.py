@@ -75,6 +75,7 @@ class RWKV7(Layer):
     k_k: nn.Parameter
     k_a: nn.Parameter
     r_k: nn.Parameter
+    takes_first_value = True
 
     def __init__(
         self,

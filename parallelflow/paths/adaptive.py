@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_number, expect_positive_integer, show
+from parallelflow.checks import expect_floating, expect_kind, expect_number, expect_positive_integer, expect_shape, show
 from parallelflow.discretizations import Discretization, DriverSource, discretize
 from parallelflow.discretizations.base import identity_like
 from parallelflow.discretizations.rows import Stack
@@ -62,8 +62,11 @@ def solve(
         source, discretization, relative_tolerance, absolute_tolerance, initial_state, max_steps: as in ``refine``.
 
     Raises:
+        TypeError, ValueError: for what does not fit, naming the argument.
         RuntimeError: where the tolerance cannot be held.
     """
+    expect_kind("source", source, DriverSource, "a DriverSource")
+    expect_floating("query", query)
     steps = source.grid.shape[-1] - 1
     if query.ndim != 4 or query.shape[1] != steps:
         raise ValueError(f"query: got shape {show(query)}, expected [B, T, H, K] with the grid's T = {steps}")
@@ -113,10 +116,11 @@ def refine(
         max_steps: more are not tried.
 
     Raises:
-        ValueError: for tolerances that are none, and what the discretisation cannot take.
+        TypeError, ValueError: for tolerances that are none, and what the discretisation cannot take.
         RuntimeError: where more than ``max_steps`` steps, or steps below the resolution of the grid's dtype, would be
             needed; saying where, and how far off it is.
     """
+    expect_kind("source", source, DriverSource, "a DriverSource")
     for name, tolerance in (("relative_tolerance", relative_tolerance), ("absolute_tolerance", absolute_tolerance)):
         expect_number(name, tolerance)
         if not tolerance >= 0:
@@ -127,6 +131,10 @@ def refine(
     if isinstance(discretization, str):
         discretization = Discretization(discretization)
     count = source.grid.shape[-1] - 1
+    if 2 * count > max_steps:
+        raise ValueError(
+            f"max_steps: got {max_steps}, expected at least {2 * count}: halves of the {count} steps there are"
+        )
     ends = torch.arange(1, count + 1, device=source.grid.device)
     twice = torch.full_like(ends, 2)
     strictness, rounds = 1.0, 0
@@ -169,6 +177,8 @@ def _errors(
     pairs = compose(Flow(*(x[:, 0::2] for x in halves)), Flow(*(x[:, 1::2] for x in halves)))
     batch, steps, heads, size, width = pairs.source.shape
     state = pairs.source.new_zeros(batch, heads, size, width) if initial_state is None else initial_state
+    expect_floating("initial_state", state)
+    expect_shape("initial_state", state, "[B, HV, K, V]", (batch, heads, size, width))
     state = state.to(pairs.source.dtype)
     entries, after = _states(pairs, state)
     norm = torch.linalg.matrix_norm

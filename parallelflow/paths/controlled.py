@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallelflow.checks import check_layouts
+from parallelflow.checks import check_layouts, expect_kind
 from parallelflow.discretizations import DriverSource
 from parallelflow.drivers.base import Factor, LowRankDriver, Row
 from parallelflow.paths.interpolation import Path
@@ -69,9 +69,14 @@ class LinearField:
 
 
 def controlled(path: Path, field: LinearField, grid: Tensor | None = None) -> DriverSource:
-    """The equation as a source of drivers, for ``integrate`` and any discretisation.
+    """The equation ``field`` along ``path`` as a source of drivers, for ``integrate`` and any discretisation.
 
     ``grid`` ``[T + 1]`` or ``[B, T + 1]`` are the times between which steps are made; None takes the path's knots. On a
     piecewise straight path with its knots in the grid the rates are constant in every step, and ``exact`` is exact.
+
+    Raises:
+        TypeError, ValueError: for other than a path, its field and a grid.
     """
+    expect_kind("path", path, Path, "a Path")
+    expect_kind("field", field, LinearField, "a LinearField")
     return DriverSource(lambda times: field.along(path.derivative(times)), path.knots if grid is None else grid)

@@ -49,6 +49,8 @@ class Path:
         """The number of the piece that holds each time, ``[B, T]``; of two at a knot, the later."""
         expect_floating("times", times)
         expect_rank("times", times, "[T] or [B, T]", 1, 2)
+        if times.ndim == 2 and times.shape[0] not in (1, self.knots.shape[0]):
+            raise ValueError(f"times: got shape {show(times)}, expected [T] or [B, T] with B = {self.knots.shape[0]}")
         times = times.expand(self.knots.shape[0], -1).contiguous()
         found = torch.searchsorted(self.knots.detach().contiguous(), times.detach(), right=True) - 1
         return found.clamp(0, self.coefficients.shape[1] - 1)
@@ -124,6 +126,9 @@ def _checked(times: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     times = times.expand(batch, length)
     if not bool((times.diff(dim=1) >= 0).all()):
         raise ValueError("times: got some that decrease or are NaN, expected increasing times")
+    for name, tensor in (("times", times), ("values", values)):
+        if bool(tensor.isinf().any()):
+            raise ValueError(f"{name}: got infinite ones, expected finite numbers (NaN for a value that is missing)")
     return times, values
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_floating, expect_rank
+from parallelflow.checks import expect_kind
 from parallelflow.discretizations.base import identity_like
 from parallelflow.discretizations.magnus import check_decay, exponential_phi
 from parallelflow.discretizations.rows import Stack, compute_dtype, mixed, value_heads
+from parallelflow.discretizations.source import check_grid
 from parallelflow.drivers.base import LowRankDriver
 from parallelflow.paths.controlled import LinearField
 from parallelflow.paths.interpolation import Path
@@ -20,9 +21,12 @@ def log_signature(path: Path, grid: Tensor) -> tuple[Tensor, Tensor]:
     grid, X from each window's start. Exact for piecewise polynomials, whatever the number of pieces in a window.
 
     ``grid [W + 1]`` or ``[B, W + 1]``, in the path's parameter. Areas are summed in float64.
+
+    Raises:
+        TypeError, ValueError: for other than a path and a grid.
     """
-    expect_floating("grid", grid)
-    expect_rank("grid", grid, "[W + 1] or [B, W + 1]", 1, 2)
+    expect_kind("path", path, Path, "a Path")
+    check_grid(grid, "[W + 1] or [B, W + 1]")
     grid = grid.expand(path.knots.shape[0], -1)
     wide = Path(path.knots.double(), path.coefficients.double())
     start = wide.coefficients[:, :1, 0]  # X and areas from the path's own start, [B, 1, D]

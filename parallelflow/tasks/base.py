@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallelflow.checks import expect_positive_integer
+from parallelflow.checks import expect_kind, expect_positive_integer
 
 IGNORED = -100
 """The label of a position where nothing is asked, as ``cross_entropy`` leaves it out."""
@@ -40,8 +40,11 @@ class Task(ABC):
         """
         expect_positive_integer("count", count)
         expect_positive_integer("length", length)
-        tokens = self.tokens(count, length, generator)
-        return Sequences(tokens, self.labels(tokens))
+        if generator is not None:
+            expect_kind("generator", generator, torch.Generator, "a torch.Generator or None")
+        with torch.device("cpu"):  # as the generator is
+            tokens = self.tokens(count, length, generator)
+            return Sequences(tokens, self.labels(tokens))
 
     @abstractmethod
     def tokens(self, count: int, length: int, generator: torch.Generator | None) -> Tensor:

@@ -22,7 +22,7 @@ class Group(NamedTuple):
         """Of permutations that are closed under composition, in the order given."""
         number = {element: index for index, element in enumerate(elements)}
         table = [[number[tuple(left[i] for i in right)] for right in elements] for left in elements]
-        return cls(tuple(elements), torch.tensor(table))
+        return cls(tuple(elements), torch.tensor(table, device="cpu"))
 
 
 def symmetric(degree: int) -> Group:

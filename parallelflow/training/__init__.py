@@ -1,7 +1,15 @@
 """Training a language model on files: recipe, text, checkpoints, and the loop that a kill at any moment does not harm.
 
-Needs the extras ``cli`` and ``hf``.
+Needs the extra ``hf``.
 """
+
+try:
+    import safetensors  # noqa: F401
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"parallelflow.training: got no {error.name}, expected it installed: pip install 'parallelflow[hf]'"
+    ) from error
 
 from parallelflow.training.checkpoint import Checkpoint, CheckpointError, latest
 from parallelflow.training.loop import train

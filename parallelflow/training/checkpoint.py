@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
             index, key = name.split(".", 1)
             parts.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(torch.tensor(self.random, dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(self.random, dtype=torch.uint8, device="cpu"))
 
 
 def digest(file: Path) -> str:
@@ -116,13 +116,13 @@ def _write(
     _flush(writing)
 
 
-def latest(folder: Path, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:
-    """The newest checkpoint that is whole; ``refused`` hears of each newer one why it is not used.
+def latest(folder: Path | str, refused: Callable[[str], None] = lambda why: None) -> Checkpoint:
+    """The newest checkpoint of a folder that is whole; ``refused`` hears of each newer one why it is not used.
 
     Raises:
         CheckpointError: where there is none.
     """
-    reasons = []
+    reasons, folder = [], Path(folder)
     for place in _folders(folder):
         try:
             return _open(place)

@@ -4,6 +4,7 @@ checkpoint gives what never stopping gives: bit for bit where the device compute
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallelflow.checks import device_of, expect_kind
 from parallelflow.distributed import Context
 from parallelflow.models import ParallelFlowForCausalLM
 from parallelflow.nn import set_context_group
@@ -27,7 +29,7 @@ Report = Callable[[dict[str, Any]], None]
 def train(
     recipe: Recipe,
     text: Text,
-    folder: Path,
+    folder: Path | str,
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -42,6 +44,9 @@ def train(
     ``tokens_per_second`` and, where it was evaluated, ``held_out_loss``.
 
     Args:
+        recipe: of the model and its training.
+        text: what ``open_text`` returns for the same recipe.
+        device: where to train.
         resume: go on from the newest whole checkpoint in ``folder``; from the start where none has been written yet.
         context_group: a process group whose ranks share every sequence (see docs/context_parallel.md). All ranks call
             this, with a folder that all see; the first one writes, and hears ``report``. What is computed does not
@@ -49,10 +54,15 @@ def train(
         report: hears every line of the log; ``warn`` why a checkpoint is not used; ``begin`` the steps done before.
 
     Raises:
-        ValueError: where the folder has checkpoints and ``resume`` is not asked for, or those of another training.
+        TypeError: for other than a recipe and a text.
+        ValueError: for a device that is not there; where the folder has checkpoints and ``resume`` is not asked for, or
+            those of another training.
         CheckpointError: where there are checkpoints and none is whole.
         FloatingPointError: where the loss or its gradient is not finite.
     """
+    expect_kind("recipe", recipe, Recipe, "a Recipe")
+    expect_kind("text", text, Text, "what open_text returns")
+    device, folder = device_of(device), Path(folder)
     context = None if context_group is None else Context.of(context_group)
     writes = context is None or context.rank == 0
     checkpoints = folder / "checkpoints"
@@ -119,7 +129,7 @@ def _step(
     if context is not None:
         _average_gradients(model, context)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item()
-    if not torch.tensor([total, norm]).isfinite().all():
+    if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {total}, its gradient's norm {norm}, expected finite numbers; "
             f"a smaller learning_rate than {recipe.learning_rate} or a longer warmup may help"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parallelflow.checks import expect_kind
 from parallelflow.training.recipe import Recipe
 from parallelflow.training.tokens import Bytes, Tokenizer, Tokens, encoded
 
@@ -51,19 +52,26 @@ class Text(NamedTuple):
         cut = int(self.total * (1 - recipe.held_out))
         first, last = (cut, self.total) if held_out else (0, cut)
         generator = torch.Generator().manual_seed((recipe.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
-        starts = torch.randint(first, last - recipe.length, (recipe.batch,), generator=generator)
+        starts = torch.randint(first, last - recipe.length, (recipe.batch,), generator=generator, device="cpu")
         return torch.stack([self.read(start, recipe.length + 1) for start in starts.tolist()])
 
 
-def open_text(data: Path, tokens: Tokens, recipe: Recipe, cache: Path) -> Text:
+def open_text(data: Path | str, tokens: Tokens, recipe: Recipe, cache: Path | str) -> Text:
     """The text of a file, or of all files below a folder in the order of their names, hidden ones left out.
 
     Args:
+        data: a file or a folder.
+        tokens: ``Bytes()`` or a ``Tokenizer``.
+        recipe: whose sequences the text is to hold.
         cache: the folder for the tokens of a tokenizer; bytes are read where they are.
 
     Raises:
+        TypeError: for other than tokens and a recipe.
         ValueError: where there is nothing, or too little for one training and one held-out sequence.
     """
+    expect_kind("tokens", tokens, (Bytes, Tokenizer), "Bytes() or a Tokenizer")
+    expect_kind("recipe", recipe, Recipe, "a Recipe")
+    data, cache = Path(data), Path(cache)
     if not data.exists():
         raise ValueError(f"data: got {data}, which does not exist")
     files = [data]

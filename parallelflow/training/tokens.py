@@ -76,9 +76,9 @@ class Tokenizer(Tokens):
         return decode
 
 
-def open_tokens(tokenizer: Path | None) -> Tokens:
+def open_tokens(tokenizer: Path | str | None) -> Tokens:
     """Bytes, or the tokenizer of that file."""
-    return Bytes() if tokenizer is None else Tokenizer(tokenizer)
+    return Bytes() if tokenizer is None else Tokenizer(Path(tokenizer))
 
 
 def encoded(file: Path, tokenizer: Tokenizer, folder: Path) -> Path:

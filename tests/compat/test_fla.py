@@ -464,7 +464,7 @@ def test_arguments_that_do_not_fit():
         ("chunk_linear_attn", {"initial_state": (None, torch.zeros(B, HV, K))}, ValueError,
          r"initial_state: got \[2, 4, 5\], expected a tensor \[N, 1, 4, 5\]"),
         ("chunk_gated_delta_rule", {"cu_seqlens": torch.tensor([0, T])}, ValueError,
-         "cu_seqlens: got a query with batch 2"),
+         "cu_seqlens: got one with a batch of 2"),
         ("chunk_gated_delta_rule", {"initial_state": torch.zeros(1, HV, K, V).double()}, ValueError,
          "initial_state: got shape"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from parallelflow.nn import LAYERS, SoftmaxAttention, make_layer, set_context_group
+from parallelflow.nn import LAYERS, KeysAndValues, SoftmaxAttention, make_layer, set_context_group
 from parallelflow.nn.convolution import short_convolution, token_shift
 from tests.cases import assert_close
 from tests.distributed.cases import edges_of, weights
@@ -114,7 +114,8 @@ def attention_on_rank(group, wrong):
 
 @pytest.mark.parametrize("what", ["packed sequences", "a memory"])
 def test_softmax_attention_says_what_it_does_not(ranks, what):
-    wrong = {"cu_seqlens": torch.tensor([0, 6])} if what == "packed sequences" else {"memory": (1, 2, 3)}
+    memory = KeysAndValues(*torch.zeros(2, 1, 3, 2, 4), None)
+    wrong = {"cu_seqlens": torch.tensor([0, 6])} if what == "packed sequences" else {"memory": memory}
     for answer, error in ranks.answers(2, attention_on_rank, wrong):
         assert error is not None
         assert f"context_group: got one with softmax attention and {what}" in answer

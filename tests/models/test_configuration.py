@@ -99,16 +99,20 @@ def test_errors(options, error, words):
         ParallelFlowConfig(**options)
 
 
-def test_without_transformers():
-    """The layers work, and the models say what to install."""
-    code = """
+@pytest.mark.parametrize(
+    ("package", "part"),
+    [("transformers", "models"), ("transformers", "training"), ("safetensors", "training"), ("yaml", "training")],
+)
+def test_without_what_the_extra_installs(package, part):
+    """The layers work, and the models and their training say what to install."""
+    code = f"""
 import sys
-sys.modules["transformers"] = None
+sys.modules["{package}"] = None
 import parallelflow.nn
 try:
-    import parallelflow.models
+    import parallelflow.{part}
 except ImportError as error:
-    assert "pip install 'parallelflow[hf]'" in str(error), error
+    assert "{package}" in str(error) and "pip install 'parallelflow[hf]'" in str(error), error
 else:
     raise SystemExit("no error")
 """

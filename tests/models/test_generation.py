@@ -120,6 +120,13 @@ def test_errors():
         model(text.float())
     with pytest.raises(ValueError, match=r"input_ids: got torch.int64 \[5\], expected numbers of tokens"):
         model(text[0])
+    for outside in (-1, model.config.vocab_size):
+        with pytest.raises(
+            ValueError, match=f"input_ids: got tokens from .*, expected .* 0 to {model.config.vocab_size - 1}"
+        ):
+            model(text.index_fill(1, torch.tensor([2]), outside))
+    with pytest.raises(TypeError, match="cu_seqlens: got list"):
+        model(text[:1], cu_seqlens=[0, 5])
     with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 4\]"):
         model(text, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask: got numbers other than 0 and 1"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallelflow.nn import LAYERS, RWKV7, GatedDeltaNet, Layer, LowRankFlow, SoftmaxAttention, make_layer
+from parallelflow.nn import (
+    LAYERS,
+    RWKV7,
+    GatedDeltaNet,
+    Layer,
+    LowRankFlow,
+    SoftmaxAttention,
+    make_layer,
+    set_context_group,
+)
 from parallelflow.nn.attention import rotate
 from parallelflow.nn.convolution import depthwise, short_convolution, token_shift
 from parallelflow.nn.norm import GatedRMSNorm
@@ -284,10 +295,29 @@ def test_errors():
         layer(torch.zeros(2, 3, 8))
     with pytest.raises(TypeError, match=r"hidden_states: got dtype torch.int64"):
         layer(torch.zeros(2, 3, WIDTH, dtype=torch.int64))
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(
+            TypeError, match=f"hidden_states: got dtype {dtype}, expected the parameters', torch.float32"
+        ):
+            layer(torch.zeros(2, 3, WIDTH, dtype=dtype))
     with pytest.raises(ValueError, match="attention_mask: got one together with cu_seqlens"):
         layer(torch.zeros(1, 3, WIDTH), attention_mask=torch.ones(1, 3), cu_seqlens=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"memory.window: got shape \[1, 3, 48\], expected .* = \[2, 3, 48\]"):
         layer(torch.zeros(2, 3, WIDTH), memory=layer(torch.zeros(1, 3, WIDTH)).memory)
+    memory = layer(torch.zeros(2, 3, WIDTH)).memory
+    for wrong in (memory.state, tuple(memory), "state"):
+        with pytest.raises(
+            TypeError, match=f"memory: got {type(wrong).__name__}, expected a Memory of an earlier call"
+        ):
+            layer(torch.zeros(2, 3, WIDTH), memory=wrong)
+    with pytest.raises(TypeError, match=r"memory\.state: got NoneType, expected a tensor"):
+        layer(torch.zeros(2, 3, WIDTH), memory=memory._replace(state=None))
+    with pytest.raises(TypeError, match="memory: got Memory, expected a KeysAndValues"):
+        SoftmaxAttention(WIDTH, num_heads=2)(torch.zeros(2, 3, WIDTH), memory=memory)
+    with pytest.raises(TypeError, match="head_dims: GatedDeltaNet has no such option; did you mean 'head_dim'"):
+        GatedDeltaNet(WIDTH, num_heads=2, head_dims=3)
+    with pytest.raises(TypeError, match="context_group: got str, expected a ProcessGroup"):
+        set_context_group(layer, "ranks")
     with pytest.raises(ValueError, match="num_value_heads: got 3, expected a multiple of 2"):
         GatedDeltaNet(WIDTH, num_heads=2, num_value_heads=3)
     with pytest.raises(ValueError, match="output_gate: got 'relu'"):
@@ -302,3 +332,39 @@ def test_errors():
         SoftmaxAttention(WIDTH, num_heads=2, head_dim=5)
     with pytest.raises(ValueError, match="lower_bound: got 1"):
         make_layer("kimi_delta_attention", WIDTH, num_heads=2, lower_bound=1.0)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        ([0, 3], TypeError, "cu_seqlens: got list, expected a tensor"),
+        (torch.tensor([0.0, 3.0]), TypeError, "cu_seqlens: got dtype torch.float32, expected int32 or int64"),
+        (torch.tensor([[0, 3]]), ValueError, r"cu_seqlens: got shape \[1, 2\]"),
+        (torch.tensor([0, 2]), ValueError, r"cu_seqlens: got \[0, 2\], expected .* from 0 to T = 3"),
+        (torch.tensor([0, 2, 1, 3]), ValueError, r"cu_seqlens: got \[0, 2, 1, 3\]"),
+    ],
+)
+def test_errors_of_packed_lines(offsets, error, message):
+    layer = GatedDeltaNet(WIDTH, num_heads=2)
+    with pytest.raises(error, match=message):
+        layer(torch.zeros(1, 3, WIDTH), cu_seqlens=offsets)
+    with pytest.raises(ValueError, match="cu_seqlens: got one with a batch of 2"):
+        layer(torch.zeros(2, 3, WIDTH), cu_seqlens=torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("number", [2.0, -torch.inf], ids=str)
+def test_a_mask_is_of_zeros_and_ones(number):
+    """Without a zero in it, too: a mask to be added to scores (0 for a token) would mean the opposite."""
+    layer = GatedDeltaNet(WIDTH, num_heads=2)
+    with pytest.raises(ValueError, match="attention_mask: got numbers other than 0 and 1"):
+        layer(torch.zeros(2, 3, WIDTH), attention_mask=torch.full((2, 3), number))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_saved_whole(name):
+    """By ``torch.save``, or to another process, or copied: it computes the same, and still loads weights."""
+    options = {"rwkv7": {"head_dim": 8}, "mamba2": {"head_dim": 8, "state_size": 6}}.get(name, {"num_heads": 2})
+    layer, hidden_states = make_layer(name, WIDTH, **options), torch.randn(2, 5, WIDTH)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert torch.equal(other(hidden_states).output, layer(hidden_states).output)
+        other.load_state_dict(layer.state_dict())

@@ -25,8 +25,11 @@ OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
     "conv_size": ([1, 3], [-1, 1.5, "4", False, None]),
     "correction_factor": ([0, -1.5], ["1", None, math.nan]),
     "decay_rank": SIZE,
-    "discretization": (["euler", "cayley", "rk4"], ["magic", 3]),
-    "engine": ([None, {"chunk_size": 4, "solver": "substitution"}], ["torch", 3]),
+    "discretization": (["euler", "cayley", "rk4"], ["magic", 3, None, "magnus4"]),
+    "engine": (
+        [None, {"chunk_size": 4, "solver": "substitution"}],
+        ["torch", 3, {"solvr": "x"}, {"solver": "x"}, {"chunk_size": 0}, {"initial_state": None}, {"validate": 1}],
+    ),
     "expand": SIZE,
     "forget_gate": FLAG,
     "gate_rank": SIZE_OR_NONE,
@@ -38,7 +41,7 @@ OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
     "negative_eigenvalues": FLAG,
     "norm_eps": POSITIVE,
     "num_groups": ([1, 2], SIZE[1]),
-    "num_heads": SIZE,
+    "num_heads": (SIZE[0], [*SIZE[1], 3]),  # of 16 channels
     "num_householder": ([1, 3], [*SIZE[1], None]),
     "num_key_value_heads": ([1, 2, None], SIZE[1]),
     "num_layers": ([1, 3], [*SIZE[1], None]),

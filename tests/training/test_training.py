@@ -314,6 +314,31 @@ def test_the_examples_are_recipes(name):
     assert Recipe.load(ROOT / "examples" / name).steps > 0
 
 
+def test_paths_may_be_text(tmp_path, data):
+    """As they are written in a notebook."""
+    text = open_text(str(data), Bytes(), recipe(), str(tmp_path / "tokens"))
+    train(recipe(steps=1), text, str(tmp_path / "run"))
+    assert latest(str(tmp_path / "run" / "checkpoints")).step == 1
+
+
+def test_what_a_training_is_not(tmp_path, data):
+    text = open_text(data, Bytes(), recipe(), tmp_path)
+    cases = [
+        (lambda: train({"steps": 1}, text, tmp_path), TypeError, "recipe: got dict, expected a Recipe"),
+        (lambda: train(recipe(), data, tmp_path), TypeError, "text: got .*Path, expected what open_text returns"),
+        (
+            lambda: train(recipe(), text, tmp_path, device="moon"),
+            ValueError,
+            "device: got 'moon', expected one that is",
+        ),
+        (lambda: open_text(data, "bytes", recipe(), tmp_path), TypeError, r"tokens: got str, expected Bytes\(\)"),
+        (lambda: open_text(data, Bytes(), {}, tmp_path), TypeError, "recipe: got dict, expected a Recipe"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_a_loss_that_is_not_finite(tmp_path, data, monkeypatch):
     original = loop._loss
     monkeypatch.setattr(loop, "_loss", lambda *arguments: original(*arguments) * float("inf"))

@@ -136,5 +136,5 @@ def _value_first(given: dict[str, Any]) -> bool:
 def _backwards(query: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The tokens of every sequence from its last to its first: an order that undoes itself."""
     bounds = [0, query.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    places = [torch.arange(stop - 1, start - 1, -1) for start, stop in pairwise(bounds)]
+    places = [torch.arange(stop - 1, start - 1, -1, device="cpu") for start, stop in pairwise(bounds)]
     return torch.cat(places).to(query.device)

@@ -35,7 +35,7 @@ def over_ranks(cp_context: Any, query: Tensor, given: dict[str, Any]) -> dict[st
 
     pieces: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(pieces, (bool(cp_context.is_first_rank), bounds.tolist()), group)
-    line = torch.tensor(boundaries(pieces), dtype=torch.int64)
+    line = torch.tensor(boundaries(pieces), dtype=torch.int64, device="cpu")
     lengths = [own[-1] for _, own in pieces]
     return {
         "aggregate": "distributed",
