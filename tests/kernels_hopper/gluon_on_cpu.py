@@ -11,8 +11,8 @@ import torch
 
 OPERATORS = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": torch.floor_divide, "mod": torch.remainder,
-    "truediv": torch.true_divide, "or": torch.logical_or, "ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt,
-    "eq": torch.eq,
+    "truediv": torch.true_divide, "or": torch.logical_or, "ge": torch.ge, "gt": torch.gt, "le": torch.le,
+    "lt": torch.lt, "eq": torch.eq,
 }  # fmt: skip
 
 
