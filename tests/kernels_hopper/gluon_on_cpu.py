@@ -11,7 +11,8 @@ import torch
 
 OPERATORS = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": torch.floor_divide, "mod": torch.remainder,
-    "or": torch.logical_or, "ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt, "eq": torch.eq,
+    "truediv": torch.true_divide, "or": torch.logical_or, "ge": torch.ge, "gt": torch.gt, "le": torch.le,
+    "lt": torch.lt, "eq": torch.eq,
 }  # fmt: skip
 
 
@@ -55,6 +56,12 @@ class Value:
 
     def __rsub__(self, other):
         return Value(other - self.data)
+
+    def __rfloordiv__(self, other):
+        return Value(torch.floor_divide(torch.as_tensor(other), self.data))
+
+    def __rmod__(self, other):
+        return Value(torch.remainder(torch.as_tensor(other), self.data))
 
 
 def _operator(function):
@@ -112,6 +119,9 @@ class Shared:
     def reshape(self, shape):
         return Shared(self.data.view(shape))
 
+    def _reinterpret(self, dtype, shape, layout):
+        return Shared(self.data.view(dtype).view(shape))
+
 
 def load(pointer, mask=None, other=0.0):
     flat, offset, keep = pointer.places(mask)
@@ -132,6 +142,8 @@ def where(condition, x, y):
 def assembly(text, constraints, args, dtype, is_pure, pack):
     if text.startswith("mov.b32"):
         return args[0]
+    if text.startswith("fma.rn.f32"):
+        return args[0] * args[1] + args[2]
     if text.startswith("{ shl.b32 $0, $2, 16;"):
         return args[0].to(dtype)
     assert text.startswith("ex2.approx.ftz")
@@ -154,17 +166,22 @@ class Layout:
 
 LAYOUTS = (
     "SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DistributedLinearLayout", "DotOperandLayout",
-    "SwizzledSharedLayout", "PaddedSharedLayout",
+    "SwizzledSharedLayout", "PaddedSharedLayout", "NVMMASharedLayout",
 )  # fmt: skip
 
 
-def language(program):
-    """What stands for `triton.experimental.gluon.language` in one program."""
+def scan(x, axis, combine, reverse=False):
+    return Value(x.data.flip(axis).cumsum(axis).flip(axis) if reverse else x.data.cumsum(axis))
+
+
+def language(program, programs=1):
+    """What stands for `triton.experimental.gluon.language` in one of some programs."""
     dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64")}
     return types.SimpleNamespace(
         **dtypes, **dict.fromkeys(LAYOUTS, Layout), constexpr=None, static_range=range,
         static_assert=lambda *args: None, thread_barrier=lambda: None,
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
+        num_programs=lambda axis: programs,
         arange=lambda start, end, layout: Value(torch.arange(start, end, dtype=torch.int32)),
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, value, dtype, layout: Value(torch.full(shape, value, dtype=dtype)),
@@ -174,7 +191,7 @@ def language(program):
         max=lambda x, axis: Value(x.data.amax(axis)), num_warps=lambda: 1,
         zeros_like=lambda x: Value(torch.zeros_like(x.data)),
         where=where, load=load, store=store, inline_asm_elementwise=assembly,
-        associative_scan=lambda x, axis, combine: Value(x.data.cumsum(axis)),
+        abs=lambda x: Value(x.data.abs()), associative_scan=scan,
         sum=lambda x, axis: Value(x.data.sum(axis)),
         reshape=lambda x, shape: Value(x.data.reshape(shape)),
         permute=lambda x, order: Value(x.data.permute(order)),

@@ -204,12 +204,38 @@ class Program:
         assert all(barrier.bytes == 0 for barrier in self.barriers.values())
 
 
+def take_over(monkeypatch, module, descriptors):
+    """What ``module`` binds runs here; ``descriptors`` are the names of its functions that make them."""
+    known = {}
+
+    def noting(make):
+        def made(tensor, *sizes):
+            found = make(tensor, *sizes)
+            known[id(found)] = Descriptor(found, tensor)
+            return found
+
+        return made
+
+    def bound(kernel, **constants):
+        def launch(programs, *arguments):
+            arguments = [known.get(id(argument), argument) for argument in arguments]
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            run(kernel, programs, named | options)
+
+        return launch
+
+    for name in descriptors:
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    monkeypatch.setattr(module, "bind", bound)
+
+
 def run(kernel, programs, arguments, seed=0):
     """Run a kernel's programs one after another; descriptors among the arguments are those above."""
     held = inside(kernel, arguments)
     for number in range(programs):
         program, scope = Program(seed + number), plain_functions(kernel)
-        scope["gl"] = language(number)
+        scope["gl"] = language(number, programs)
         scope["gl"].warp_specialize = program.specialize
         scope["gl"].allocate_shared_memory = allocate
         scope["mbarrier"] = types.SimpleNamespace(

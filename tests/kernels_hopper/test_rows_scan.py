@@ -55,28 +55,7 @@ def layout_of(kind, heads=2):
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Launches run their roles as threads."""
-    known = {}
-
-    def noting(make):
-        def made(tensor, *sizes):
-            found = make(tensor, *sizes)
-            known[id(found)] = roles_on_cpu.Descriptor(found, tensor)
-            return found
-
-        return made
-
-    def bound(kernel, **constants):
-        def launch(programs, *arguments):
-            arguments = [known.get(id(argument), argument) for argument in arguments]
-            named = dict(zip(kernel.arg_names, arguments, strict=False))
-            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            roles_on_cpu.run(kernel, programs, named | options)
-
-        return launch
-
-    for name in ("rows", "places", "blocks", "vectors"):
-        monkeypatch.setattr(rows_scan, name, noting(getattr(rows_scan, name)))
-    monkeypatch.setattr(rows_scan, "bind", bound)
+    roles_on_cpu.take_over(monkeypatch, rows_scan, ("rows", "places", "blocks", "vectors"))
     monkeypatch.setattr(rows_scan, "weights_of", rows_by_definition.weights_of)
 
 

@@ -8,9 +8,8 @@ from .gradient_steps import await_step, locate_chunk, window_of
 
 
 @gluon.jit
-def fetch_rows(source, tiles, ready, unit, window, skip, column, PARTS: gl.constexpr):
-    """Fetch one chunk's rows, 64 * PARTS columns, into the slot of `unit`."""
-    slot = unit % 4
+def fetch_rows(source, tiles, ready, slot, window, skip, column, PARTS: gl.constexpr):
+    """Fetch one chunk's rows, 64 * PARTS columns, into a slot."""
     full = ready.index(slot)
     mbarrier.expect(full, 64 * 64 * 2 * PARTS)
     for p in gl.static_range(PARTS):
@@ -19,7 +18,7 @@ def fetch_rows(source, tiles, ready, unit, window, skip, column, PARTS: gl.const
 
 @gluon.jit
 def rows_role(sources, ring, consumed, place, steps, PARTS: gl.constexpr, TIED: gl.constexpr, PACKED: gl.constexpr):
-    """Fetch R, dO and W of every step into a ring of four."""
+    """Fetch R, dO and W of every step: two slots for R; without W two for dO, else one for each."""
     d_output, d_value, innovation = sources
     tiles, ready = ring
     items, key_heads, extent = place
@@ -29,14 +28,15 @@ def rows_role(sources, ring, consumed, place, steps, PARTS: gl.constexpr, TIED: 
         window, skip = window_of(first, length)
         column = item % key_heads * steps * (64 * PARTS)
         for _ in range(steps):
-            unit = count * (2 + TIED)
+            slot = count % 2
             await_step(consumed, count - 2)
-            fetch_rows(innovation, tiles, ready, unit, window, skip, column, PARTS)
+            fetch_rows(innovation, tiles, ready, slot, window, skip, column, PARTS)
             if TIED:
                 await_step(consumed, count - 1)
-            fetch_rows(d_output, tiles, ready, unit + 1, window, skip, column, PARTS)
-            if TIED:
-                fetch_rows(d_value, tiles, ready, unit + 2, window, skip, column, PARTS)
+                fetch_rows(d_output, tiles, ready, 2, window, skip, column, PARTS)
+                fetch_rows(d_value, tiles, ready, 3, window, skip, column, PARTS)
+            else:
+                fetch_rows(d_output, tiles, ready, 2 + slot, window, skip, column, PARTS)
             count += 1
             column += 64 * PARTS
 

@@ -2,11 +2,12 @@
 
 The two warpgroups share the columns of every product.  A step takes a value head's BV channels and goes
 
-    R E  ·  the inner product of S and E  ·  dO S and W S  ·  dO R^T on and under the diagonal, R W^T above it
+    R E  ·  S E^T  ·  dO S and W S  ·  dO R^T on and under the diagonal, R W^T above it
 
-so that E may go after the second.  The last two make one matrix: dO R^T is wanted where t >= s, W R^T where t > s, and
-turned over it fills the other triangle.  So there is one decay matrix, one matrix of Q K^T and K K^T, one accumulator,
-and the decay sums get the row sums less the column sums of their product.
+so that E may go after the second, of which only the trace is wanted, the inner product of S and E: the tensor cores
+have the time, the other units do not.  The last two make one matrix: dO R^T is wanted where t >= s, W R^T where t > s,
+and turned over it fills the other triangle.  So there is one decay matrix, one matrix of Q K^T and K K^T, one
+accumulator, and the decay sums get the row sums less the column sums of their product.
 """
 
 from triton.experimental import gluon
@@ -37,12 +38,12 @@ def multiply_add(x, y, z):
 
 
 @gluon.jit
-def times_state(row_tiles, slot, state_tiles, zero, PARTS: gl.constexpr):
-    """Begin rows [64, 64 * PARTS] times a transposed state [64 * PARTS, K]."""
+def times_state(row_tiles, slot, state_tiles, none, zero, PARTS: gl.constexpr):
+    """Begin rows [64, 64 * PARTS] times a transposed state [64 * PARTS, K]; `none` is 0."""
     total = zero
     for p in gl.static_range(PARTS):
         rows = row_tiles.index(slot * PARTS + p).reshape([64, 64])
-        total = warpgroup_mma(rows, state_tiles.index(p), total, use_acc=p > 0, is_async=True)
+        total = warpgroup_mma(rows, state_tiles.index(p + none), total, use_acc=p > 0, is_async=True)
     return total
 
 
@@ -58,6 +59,16 @@ def times_rows(row_tiles, left, right, zero, PARTS: gl.constexpr):
 
 
 @gluon.jit
+def begin_overlap(entry_tiles, exit_tiles, none, zero, PARTS: gl.constexpr):
+    """Begin S E^T, 64 rows of each with the same rows of the other: their inner product is its trace."""
+    total = zero
+    for p in gl.static_range(PARTS):
+        columns = exit_tiles.index(p + none).permute((1, 0))
+        total = warpgroup_mma(entry_tiles.index(p + none), columns, total, use_acc=p > 0, is_async=True)
+    return total
+
+
+@gluon.jit
 def row_sums(x):
     """Sums along rows [64, 2]: each warpgroup's columns apart."""
     return gl.sum(gl.reshape(x, [64, 2, x.shape[1] // 2]), 2)
@@ -65,8 +76,8 @@ def row_sums(x):
 
 @gluon.jit
 def column_sums(x):
-    """Sums along columns [4, 64]: each warp's rows apart."""
-    return gl.sum(gl.reshape(x, [4, 16, 64]), 1)
+    """Sums along columns [16, 64]: four rows each, which one exchange between lanes brings together."""
+    return gl.reshape(gl.sum(gl.sum(gl.reshape(x, [4, 2, 2, 4, 64]), 1), 1), [16, 64])
 
 
 @gluon.jit
@@ -87,7 +98,6 @@ def compute_role(
     by_row: gl.constexpr = gl.SliceLayout(1, square)
     by_column: gl.constexpr = gl.SliceLayout(0, square)
     along: gl.constexpr = gl.SliceLayout(1, wide)
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [8, 1], [1, 0])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     SUMS: gl.constexpr = HAS_BETA or HAS_DECAY
     blank = gl.zeros([64, 64], gl.float32, square)
@@ -115,54 +125,49 @@ def compute_role(
                 gram_tile.store(gl.where(row >= column, gram * scale, 0.0))
         for _ in range(steps):
             slot = count % 2
-            unit = count * (2 + TIED)
-            innovation_slot = unit % 4
-            output_slot = (unit + 1) % 4
-            value_slot = (unit + 2) % 4
-            # R E
+            none = opaque(count) - count  # 0, and the descriptors of fixed tiles are made in each step
+            output_slot = 2 + none
+            value_slot = 3 + none
+            output_turn = count
+            if not TIED:
+                output_slot = 2 + slot
+                output_turn = count // 2
+            # R E and S E^T
             mbarrier.wait(vectors_ready.index(slot), (count // 2) & 1)
-            mbarrier.wait(rows_ready.index(innovation_slot), (unit // 4) & 1)
+            mbarrier.wait(rows_ready.index(slot), (count // 2) & 1)
             mbarrier.wait(exit_ready, count & 1)
-            part = times_state(row_tiles, innovation_slot, exit_tiles, zero, PARTS)
+            mbarrier.wait(entry_ready, count & 1)
+            part = times_state(row_tiles, slot, exit_tiles, none, zero, PARTS)
+            if HAS_DECAY:
+                overlap = begin_overlap(entry_tiles, exit_tiles, none, blank, PARTS)
             if SUMS:
                 factor = key.load(wide)
             from_start = vector_tiles.index(slot * 5 + 1).load(along)[:, None]
             to_end = (vector_tiles.index(slot * 5).load(along) * vector_tiles.index(slot * 5 + 2).load(along))[:, None]
-            part = warpgroup_mma_wait(0, deps=(part,))
+            part = warpgroup_mma_wait(HAS_DECAY * PARTS, deps=(part,))
             if SUMS:
                 exit_sum = row_sums(part * unpack(factor))
             dk = multiply_add(part, to_end, dk)
-            # S . E
-            mbarrier.wait(entry_ready, count & 1)
             if HAS_DECAY:
-                overlap = gl.zeros([64, K], gl.float32, flat)
-                for p in gl.static_range(PARTS):
-                    overlap = multiply_add(
-                        unpack(entry_tiles.index(p).load(flat)), unpack(exit_tiles.index(p).load(flat)), overlap
-                    )
-                    mbarrier.wait(entry_ready, count & 1)  # done, but no load passes it: 64 registers fewer
-                overlap = gl.sum(gl.sum(gl.reshape(overlap, [K // 32, 2048 // K, K // 8, 8]), 3), 0)
+                overlap = warpgroup_mma_wait(0, deps=(overlap,))
+                overlap = row_sums(gl.where(row == column, overlap, 0.0))
             mbarrier.arrive(exit_free, count=1)
             # dO S, W S and the pairs: dO R^T on and under the diagonal, (W R^T)^T above it
-            mbarrier.wait(rows_ready.index(output_slot), ((unit + 1) // 4) & 1)
+            mbarrier.wait(rows_ready.index(output_slot), output_turn & 1)
             if TIED:
-                mbarrier.wait(rows_ready.index(value_slot), ((unit + 2) // 4) & 1)
-            part = times_state(row_tiles, output_slot, entry_tiles, zero, PARTS)
+                mbarrier.wait(rows_ready.index(value_slot), count & 1)
+            part = times_state(row_tiles, output_slot, entry_tiles, none, zero, PARTS)
             if TIED:
-                part_of_keys = times_state(row_tiles, value_slot, entry_tiles, zero, PARTS)
-                if HAS_DECAY:
-                    factor = query.load(wide)
-                part = warpgroup_mma_wait(PARTS, deps=(part,))
-            else:
-                if HAS_DECAY:
-                    factor = query.load(wide)
-                part = warpgroup_mma_wait(0, deps=(part,))
+                part_of_keys = times_state(row_tiles, value_slot, entry_tiles, none, zero, PARTS)
+            if HAS_DECAY:
+                factor = query.load(wide)
+            part = warpgroup_mma_wait(TIED * PARTS, deps=(part,))
             if HAS_DECAY:
                 query_sum = row_sums(part * unpack(factor))
             dq = multiply_add(part, from_start * scale, dq)
-            pairs = times_rows(row_tiles, output_slot, innovation_slot, blank, PARTS)
+            pairs = times_rows(row_tiles, output_slot, slot, blank, PARTS)
             if TIED:
-                owns = times_rows(row_tiles, innovation_slot, value_slot, blank, PARTS)
+                owns = times_rows(row_tiles, slot, value_slot, blank, PARTS)
                 if HAS_DECAY:
                     factor = key.load(wide)
                 part = warpgroup_mma_wait(2 * PARTS, deps=(part_of_keys,))
@@ -175,8 +180,7 @@ def compute_role(
                 row_low = vector_tiles.index(slot * 5 + 4).load(by_row)[:, None]
                 column_high = vector_tiles.index(slot * 5 + 3).load(by_column)[None, :]
                 column_low = vector_tiles.index(slot * 5 + 4).load(by_column)[None, :]
-                exponent = (row_high - column_high) + (row_low - column_low)
-                decay = exponential(gl.where(row >= column, exponent, -exponent))
+                decay = exponential(-gl.abs((row_high - column_high) + (row_low - column_low)))
             if TIED:
                 pairs, owns = warpgroup_mma_wait(0, deps=(pairs, owns))
                 aligned = row_sums(gl.where(row == column, owns, 0.0))

@@ -27,8 +27,7 @@ def sums_role(
     items, key_heads, extent = place
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     pairs: gl.constexpr = gl.BlockedLayout([2, 2], [32, 1], [1, 1], [1, 0])
-    columns: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 1], [1, 0])
-    square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [1, 1], [1, 0])
+    columns: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [1, 1], [1, 0])
     row = gl.arange(0, 64, layout)
     turn = 0
     count = 0
@@ -63,7 +62,7 @@ def sums_role(
                     pair_sum = gl.convert_layout(gl.sum(pair_row_sums.load(pairs), 1), layout)
                     pair_sum -= gl.convert_layout(gl.sum(pair_column_sums.load(columns), 0), layout)
                     pair_sum += gl.convert_layout(entries, layout) * from_start
-                    overlap_sum = gl.sum(gl.sum(overlap_sums.load(square), 1), 0)
+                    overlap_sum = gl.sum(gl.sum(overlap_sums.load(pairs), 1), 0)
                 mbarrier.arrive(sums_free.index(slot), count=1)
                 begin = step % parts == 0
                 exits = gl.where(begin, 0.0, exits) + exit_sum * to_end
