@@ -110,3 +110,10 @@ def test_training(tmp_path: Path):
     with elsewhere():
         text = open_text(tmp_path / "text", Bytes(), recipe, tmp_path / "cache")
         assert text.batch(recipe, 0).device.type == "cpu"
+
+
+def test_tables_of_the_kernels():
+    chunks = pytest.importorskip("parallelflow.kernels.chunks")
+    with elsewhere():
+        tables = chunks.to_device([[0, 3, 5], [7]], torch.device("cpu"))
+    assert [table.tolist() for table in tables] == [[0, 3, 5], [7]]

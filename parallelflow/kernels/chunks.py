@@ -79,7 +79,7 @@ def to_device(tables: list[list[int]], device: torch.device) -> list[Tensor]:
     """int32 tables, in one copy that the host does not wait for, each at an address that launches are bound for."""
     padded = [len(table) + -len(table) % 4 for table in tables]
     numbers = chain.from_iterable([*table, *[0] * (-len(table) % 4)] for table in tables)
-    together = _moved(torch.tensor(list(numbers), dtype=torch.int32), device)
+    together = _moved(torch.tensor(list(numbers), dtype=torch.int32, device="cpu"), device)
     parts = together.split(padded)
     return [part[: len(table)] for part, table in zip(parts, tables, strict=True)]
 
