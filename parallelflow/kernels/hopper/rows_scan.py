@@ -90,8 +90,9 @@ def programs(layout: Layout) -> tuple[int, int]:
 
 
 def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, gives, inverse, couple, own, through,
-           total, source, given, initial, solution, said, states, final, flows=None, owners=None) -> None:  # fmt: skip
-    """One direction of the scan, as ``rows.scan.launch``."""
+           total, source, given, initial, solution, said, states, final, flows=None,
+           owners=None) -> Tensor | None:  # fmt: skip
+    """One direction of the scan, as ``rows.scan.launch``; returns the weights of U, which it made and reads."""
     like = next(each for each in (says, writes, gives) if each is not None)
     lone = (layout.L, layout.M)
     (saying, s), (giving, g) = (lone, (1, layout.Q)) if reverse else ((1, layout.Q), lone)
@@ -137,3 +138,4 @@ def launch(layout: Layout, chunks: Chunks, reverse: bool, reads, writes, says, g
             next((table for table in (flows, owners) if table is not None), vacant),
             chunks.time, chunks.per_sequence, layout.value_heads, heads_of(values), heads_of(given), layout.V,
         )  # fmt: skip
+    return weights

@@ -205,8 +205,8 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
         entered = scan.enter(prepared, rows.source, rows.given, rows.initial)
     entries, solution = states_and_rows(prepared, layout, chunks)
     with aside(d_output.device) if scan.together else nullcontext():
-        recompute_scan(scan.launch, prepared, rows.source, rows.given, layout, chunks, scan.cut,
-                       initial_state=entered[0], into=(entries, solution))  # fmt: skip
+        read = recompute_scan(scan.launch, prepared, rows.source, rows.given, layout, chunks, scan.cut,
+                              initial_state=entered[0], into=(entries, solution))  # fmt: skip
     if scan.cut is not None:
         d_exit = scan.leave(prepared, d_output, entered, d_exit)
     exits, d_source, d_given, d_initial = reverse_scan(
@@ -215,7 +215,7 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
     if scan.together:
         rejoin(d_output.device)
     total, floors = prepared.total, prepared.floors
-    del prepared, saved, entered  # their memory is free for the gradients
+    del prepared, saved, entered, read  # their memory is free for the gradients
     pulling = pull_of(tier, layout, chunks, rows.read)
     met = pairs(solution, rows.given, d_source, d_output, of.log_decay, floors, layout, chunks,
                 strong_alone=pulling.forms_pairs)  # fmt: skip

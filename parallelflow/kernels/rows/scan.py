@@ -30,7 +30,7 @@ from parallelflow.kernels.rows.layout import SMALLEST_TILE, Factor, Layout, head
 from parallelflow.kernels.rows.prepare import Prepared, of_factor
 from parallelflow.kernels.segments import Segments
 
-Launch = Callable[..., None]  # ``launch`` below, or Hopper's
+Launch = Callable[..., Tensor | None]  # ``launch`` below, or Hopper's; what it made for itself and reads
 
 
 @triton.jit
@@ -215,13 +215,14 @@ def flow_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: 
 
 def recompute_scan(launch: Launch, prepared: Prepared, source: Factor | None, given: Tensor | None, layout: Layout,
                    chunks: Chunks, cut: Segments | None, *, initial_state: Tensor | None,
-                   into: tuple[Tensor, Tensor | None]) -> None:  # fmt: skip
+                   into: tuple[Tensor, Tensor | None]) -> Tensor | None:  # fmt: skip
     """Transposed states at the chunks' entries ``[chunks, HV, V, K]`` and X ``[B, T, R, HV, V]`` (``states_and_rows``
-    makes room)."""
+    makes room). What is returned is read until the scan has ended: whoever runs it aside keeps it until they rejoin."""
     states, solution = into
     p = prepared
-    launch(layout, chunks if cut is None else cut.layout, False, p.reads, p.writes, None, p.lone, p.inverse,
-           p.lone_gram, None, None, p.total, source, given, initial_state, solution, None, states, None)  # fmt: skip
+    return launch(layout, chunks if cut is None else cut.layout, False, p.reads, p.writes, None, p.lone, p.inverse,
+                  p.lone_gram, None, None, p.total, source, given, initial_state, solution, None, states,
+                  None)  # fmt: skip
 
 
 def reverse_scan(launch: Launch, prepared: Prepared, d_output: Tensor, layout: Layout, chunks: Chunks,
