@@ -4,10 +4,9 @@
     else:   S_t = e^{g_t} S_{t-1} + beta_t k_t v_t^T                                  (linear attention, retention, SSD)
     o_t = scale S_t^T q_t
 
-The backward keeps the arrays of `prepare`.  It goes back a piece of time at a time (``pieces``), the latest first, and
-recomputes each piece's states with one more scan, unless the forward scan kept them (``Schedule.keeps_states``).  Long
-sequences are cut into segments where there are few heads (``segments``): one more scan each way finds the segments'
-flows, ``compose`` their entry states, and then all segments run at once.
+The backward keeps the arrays of `prepare` and recomputes the states with one more scan, a piece of time at a time
+(``pieces``), the latest first.  Long sequences are cut into segments where there are few heads (``segments``): one more
+scan each way finds the segments' flows, ``compose`` their entry states, and then all segments run at once.
 
 Source: Yang, Kautz, Hatamizadeh 2025 (arXiv 2412.06464) for the chunked gated delta rule; the gradients are those of
 `gradient`.
@@ -71,8 +70,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log_
         schedule.scans.forward_scan(
             *given[:3], kept.prepared, schedule.layout, scale=scale, initial_state=state, output=output,
             final_state=final, ended=None if cut is None else cut.ended,
-            halts=kept.halts, halt=schedule.halt, entry_states=kept.entry_states,
-            innovation=kept.innovation)  # fmt: skip
+            halts=kept.halts, halt=schedule.halt)  # fmt: skip
         return (output, final), [workspace] if save_for_backward else []
 
     (output, final), kept = one.run(given, compute)
@@ -114,10 +112,6 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
             if kept.halts is not None:
                 schedule.scans.halting_scan(given.key, given.value, kept.prepared, schedule.chunks,
                                             initial_state=state, halts=kept.halts, halt=schedule.halt)  # fmt: skip
-            if kept.entry_states is not None:
-                schedule.scans.recompute_scan(given.key, given.value, kept.prepared, schedule.chunks,
-                                              initial_state=state, entry_states=kept.entry_states,
-                                              innovation=kept.innovation)  # fmt: skip
         _reverse(schedule, given, kept, scratch, d_output, d_final_state, found, scale)
         return found, []
 
@@ -130,7 +124,7 @@ def backward(query: Tensor, key: Tensor, value: Tensor, beta: Tensor | None, log
 def _enter(schedule: Schedule, given: Arguments, kept: Kept, scale: float) -> Tensor | None:
     """Fill what is kept; the states from which the scan of the layout starts, None for zeros."""
     query, key, value, beta, log_decay, initial_state = given
-    prepared, flows, entries, *_ = kept
+    prepared, flows, entries, _ = kept
     schedule.prepare.prepare(query, key, beta, log_decay, schedule.chunks, scale=scale, into=prepared)
     cut = schedule.segments
     if cut is None:
@@ -148,15 +142,11 @@ def _reverse(schedule: Schedule, given: Arguments, kept: Kept, scratch: Scratch,
             Arguments(*[*map(group.tokens_of, tensors[:5]), group.states_of(tensors.initial_state)])
             for tensors in (given, found)
         )
-        halts = kept.halts
+        prepared, halts = Prepared(*map(group.chunks_of, kept.prepared)), kept.halts
         if halts is not None and group.sequences is not None:
             halts = halts[:, group.sequences]
-        of_group = kept._replace(
-            prepared=Prepared(*map(group.chunks_of, kept.prepared)), halts=halts,
-            entry_states=group.chunks_of(kept.entry_states), innovation=group.tokens_of(kept.innovation),
-        )  # fmt: skip
-        _reverse_group(schedule, group, own, of_group, scratch, group.tokens_of(d_output),
-                       group.states_of(d_final_state), into, scale)  # fmt: skip
+        _reverse_group(schedule, group, own, kept._replace(prepared=prepared, halts=halts), scratch,
+                       group.tokens_of(d_output), group.states_of(d_final_state), into, scale)  # fmt: skip
 
 
 def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kept, scratch: Scratch, d_output: Tensor,
@@ -174,23 +164,19 @@ def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kep
             piece.tokens_of, (*given[:5], d_output, *found[:5]))  # fmt: skip
         prepared = Prepared(*map(piece.chunks_of, kept.prepared))
         layout = group.layout if cut is not None else piece.layout
-        states = scratch.entry_states if kept.entry_states is None else piece.chunks_of(kept.entry_states)
+        if kept.halts is None:
+            state = given.initial_state if cut is None else kept.entries
+        else:
+            state = kept.halts[piece.number]
         if not schedule.tied:
             innovation = value
-        elif kept.innovation is not None:
-            innovation = piece.tokens_of(kept.innovation)
         elif schedule.overwrites:
             innovation = dq
         else:
             innovation = scratch.innovation[: value.shape[0], : value.shape[1]]
-        if kept.entry_states is None:
-            if kept.halts is None:
-                state = given.initial_state if cut is None else kept.entries
-            else:
-                state = kept.halts[piece.number]
-            with aside(value.device) if schedule.together else nullcontext():
-                scans.recompute_scan(key, value, prepared, layout, initial_state=state, entry_states=states,
-                                     innovation=innovation)  # fmt: skip
+        with aside(value.device) if schedule.together else nullcontext():
+            scans.recompute_scan(key, value, prepared, layout, initial_state=state, entry_states=scratch.entry_states,
+                                 innovation=innovation)  # fmt: skip
         d_entry = found.initial_state if piece.number == 0 else scratch.carried
         scans.reverse_scan(
             query, key, do, prepared, layout, scale=scale, d_final_state=d_state,
@@ -200,7 +186,7 @@ def _reverse_group(schedule: Schedule, group: Group, given: Arguments, kept: Kep
         if schedule.together:
             rejoin(value.device)
         schedule.gradient.gradient(
-            query, key, beta, log_decay, do, innovation, dv, states, scratch.exit_gradients, prepared,
+            query, key, beta, log_decay, do, innovation, dv, scratch.entry_states, scratch.exit_gradients, prepared,
             piece.layout, scale=scale, sums=scratch.sums, into=Gradients(dq, dk, d_beta, d_log_decay))  # fmt: skip
 
 

@@ -70,8 +70,7 @@ def finish(half: Half, initial_state: Tensor) -> tuple[Tensor, list[Tensor]]:
     output = torch.empty_like(given.value)
     schedule.scans.forward_scan(
         *given[:3], kept.prepared, schedule.layout, scale=scale, initial_state=state, output=output,
-        final_state=None, ended=None, halts=kept.halts, halt=schedule.halt, entry_states=kept.entry_states,
-        innovation=kept.innovation)  # fmt: skip
+        final_state=None, ended=None, halts=kept.halts, halt=schedule.halt)  # fmt: skip
     return output, [workspace]
 
 

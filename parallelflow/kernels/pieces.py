@@ -4,8 +4,7 @@ The states at the chunks' entries, the gradients of the states at their exits an
 takes, and nobody needs them but the gradients of the same chunks. So a long sequence goes back piece by piece, the
 latest first: its states are made again from the one at the piece's entry, which the forward pass stores on its way (the
 halts, in float32), the reverse scan goes on from where it stopped, in float32 too, and the gradients of the piece
-follow. Where the forward pass has kept the states themselves, and R, only the gradients of the states are those of a
-piece. Every number is the one that a single piece gives, to the bit, so that the cut may depend on anything: on the
+follow. Every number is the one that a single piece gives, to the bit, so that the cut may depend on anything: on the
 batch as well, which no result may depend on.
 
 A batch that more than fills the card goes back a cardful of sequences at a time, the same way.  Packed sequences do so
@@ -22,7 +21,6 @@ from .chunks import Chunks, known_chunks, regular_chunks
 LARGEST = 2**28  # bytes of a piece's entry states; their gradients take as many again
 SMALL = 2**26  # bytes of all entry states with which one piece is enough
 USUAL = 4  # pieces of more than that: a quarter of the states, for three times three launches
-FEW = 3  # pieces where the entry states are kept: only their gradients are those of a piece
 FEWEST = 16  # chunks of a piece: the stages' beginnings then take a sixth of the backward's time, with fewer more
 
 
@@ -66,24 +64,21 @@ class Group(NamedTuple):
         return tensor if self.chunks is None or tensor is None else tensor[self.chunks]
 
 
-def piece_length(steps: int, state_bytes: int, kept: bool = False) -> int:
-    """Chunks in each piece of sequences of ``steps`` chunks whose entry states take ``state_bytes`` in all, and are
-    ``kept`` or made again; ``steps`` or more: they go back in one."""
+def piece_length(steps: int, state_bytes: int) -> int:
+    """Chunks in each piece of sequences of ``steps`` chunks whose entry states take ``state_bytes`` in all; ``steps``
+    or more: they go back in one."""
     if state_bytes <= SMALL:
         return steps
-    pieces = FEW if kept else max(USUAL, -(-state_bytes // LARGEST))
+    pieces = max(USUAL, -(-state_bytes // LARGEST))
     return max(FEWEST, -(-steps // pieces))
 
 
-def groups_of(chunks: Chunks, chunk_bytes: int, programs: int, processors: int, kept: bool = False) -> list[Group]:
-    """How a regular batch goes back: ``chunk_bytes`` of states a chunk, ``programs`` that carry one sequence. Where the
-    entry states are ``kept`` for all of it a sequence at a time, whose pieces then lie together in them."""
+def groups_of(chunks: Chunks, chunk_bytes: int, programs: int, processors: int) -> list[Group]:
+    """How a regular batch goes back: ``chunk_bytes`` of states a chunk, ``programs`` that carry one sequence."""
     size = min(max(1, processors // programs), chunks.sequences)
-    if kept:
-        size = 1
-    elif chunks.count * chunk_bytes <= LARGEST:
+    if chunks.count * chunk_bytes <= LARGEST:
         size = chunks.sequences
-    length = piece_length(chunks.per_sequence, size * chunks.per_sequence * chunk_bytes, kept)
+    length = piece_length(chunks.per_sequence, size * chunks.per_sequence * chunk_bytes)
     if size == chunks.sequences:
         return [Group(None, None, chunks, _pieces(chunks, length))]
     groups = []

@@ -27,14 +27,13 @@ class Scans(NamedTuple):
     def forward_scan(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, scale: float,
         initial_state: Tensor | None, output: Tensor, final_state: Tensor | None, ended: Tensor | None,
-        halts: Tensor | None, halt: int, entry_states: Tensor | None, innovation: Tensor | None,
+        halts: Tensor | None, halt: int,
     ) -> None:  # fmt: skip
-        """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V], the
-        states at the entry of every `halt`-th chunk, [P, N, HV, K, V], and what `recompute_scan` gives, to the bit.
-        `ended`, of segments, says which sequence ends with each."""
+        """Outputs [B, T, HV, V] in the value's dtype and, where there is room for them, final states [N, HV, K, V] and
+        the states at the entry of every `halt`-th chunk, [P, N, HV, K, V].  `ended`, of segments, says which sequence
+        ends with each."""
         self.launch_forward(key, value, prepared, chunks, initial_state, final_state, query=query, scale=scale,
-                            output=output, owners=ended, halts=halts, halt=halt, entry_states=entry_states,
-                            innovation=innovation)  # fmt: skip
+                            output=output, owners=ended, halts=halts, halt=halt)  # fmt: skip
 
     def halting_scan(
         self, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
@@ -55,7 +54,7 @@ class Scans(NamedTuple):
 
     def recompute_scan(
         self, key: Tensor, value: Tensor, prepared: Prepared, chunks: Chunks, *, initial_state: Tensor | None,
-        entry_states: Tensor, innovation: Tensor | None,
+        entry_states: Tensor, innovation: Tensor,
     ) -> None:  # fmt: skip
         """Transposed states at the chunks' entries [M, HV, V, K] and R [B, T, HV, V], in the value's dtype; without an
         inverse R is the values, and is not written."""

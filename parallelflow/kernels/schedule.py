@@ -20,28 +20,24 @@ from .prepare import Prepared, vacant_arrays
 from .scan import SCANS
 from .scans import Scans
 from .segments import Segments, known_segments, regular_segments
-from .streams import HALF_OF_A_CARD, leaves_room
+from .streams import leaves_room
 
 
 class Kept(NamedTuple):
     """What the forward pass leaves to the backward one: the arrays of ``prepare``; if sequences are cut, the segments'
-    flows and the states at their entries (else not to be used); if they go back in pieces whose states are made again,
-    the states at their entries (else None); if no states are made again, those at the chunks' entries, and R (else
-    None)."""
+    flows and the states at their entries (else not to be used); if they go back in pieces, the states at their entries
+    (else None)."""
 
     prepared: Prepared
     flows: Tensor
     entries: Tensor
     halts: Tensor | None
-    entry_states: Tensor | None
-    innovation: Tensor | None
 
 
 class Scratch(NamedTuple):
-    """What only the backward pass needs, for a piece at a time: the states at the chunks' entries and R, unless they
-    were kept; the gradients of the states at their exits; those at the exit of the piece or the segments, what segments
-    add to them, the gradient stage's own. What a problem does not need has no place, and the exit gradients stand for
-    it."""
+    """What only the backward pass needs, for a piece at a time: the states at the chunks' entries, R, the gradients of
+    the states at their exits; those at the exit of the piece or the segments, what segments add to them, the gradient
+    stage's own. What a problem does not need has no place, and the exit gradients stand for it."""
 
     entry_states: Tensor
     innovation: Tensor
@@ -79,7 +75,6 @@ class Schedule:
         programs = value.shape[2] * self.scans.tiles(key, value, tied)
         self.segments = self._segments(programs, sequence_starts, batch_invariant, query.device)
         self.layout = chunks if self.segments is None else self.segments.layout
-        self.keeps_states = self._keeps_states(programs)
         self.overwrites = tied and self.gradient.may_overwrite(query, value)
         self.groups = self._groups(programs, segments.processors(query.device), sequence_starts, query.device)
         self.halt = -(-self.groups[0].pieces[0].layout.length // chunks.size)  # chunks of a piece
@@ -100,13 +95,6 @@ class Schedule:
             return None
         return regular_segments(chunks.sequences, chunks.time, chunks.size, programs, 0, batch_invariant, device)
 
-    def _keeps_states(self, programs: int) -> bool:
-        """Whether the forward pass keeps the states at the chunks' entries, and R: where the reverse scan fills the
-        card, so that they would not be made again beside it, and key heads have several value heads each.  Elsewhere
-        the whole would take more memory than other libraries' (docs/performance/memory.md)."""
-        grouped = self.value.shape[2] > self.query.shape[2]
-        return self.segments is None and grouped and programs > HALF_OF_A_CARD and self.chunks.count > 0
-
     def _groups(self, programs: int, processors: int, starts: tuple[int, ...] | None,
                 device: torch.device) -> list[Group]:  # fmt: skip
         """How the sequences go back; segments, which are many and short, all in one piece, and so does a packed line
@@ -116,26 +104,21 @@ class Schedule:
         if self.segments is None and chunks.count and starts is not None:
             groups = pieces.packed_groups(starts, chunks.size, state, programs, processors, device)
         elif self.segments is None and chunks.count and not chunks.packed:
-            groups = pieces.groups_of(chunks, state, programs, processors, kept=self.keeps_states)
+            groups = pieces.groups_of(chunks, state, programs, processors)
         return groups or pieces.whole(self.layout, chunks)
 
     def kept(self, arena: Arena, halting: bool = True) -> Kept:
         """The arrays of the forward pass, with or without what only a backward pass wants."""
         heads, v, k = *self.value.shape[2:], self.query.shape[3]
         prepared = vacant_arrays(arena, self.query.dtype, heads, self.chunks, tied=self.tied)
-        cut, halts, entry_states, innovation = self.segments, None, None, None
-        if cut is not None:
-            flows = arena.empty(cut.flows, heads, k, v + k if self.tied else v, dtype=torch.float32)
-            entries = arena.empty(cut.layout.sequences, heads, k, v, dtype=torch.float32)
-            return Kept(prepared, flows, entries, halts, entry_states, innovation)
-        number = len(self.groups[0].pieces)
-        if halting and self.keeps_states:
-            entry_states = arena.empty(self.chunks.count, heads, v, k, dtype=self.value.dtype)
-            if self.tied:
-                innovation = arena.empty(*self.value.shape, dtype=self.value.dtype)
-        elif halting and number > 1:
-            halts = arena.empty(number, self.chunks.sequences, heads, k, v, dtype=torch.float32)
-        return Kept(prepared, prepared.total, prepared.total, halts, entry_states, innovation)
+        cut = self.segments
+        if cut is None:
+            halts, number = None, len(self.groups[0].pieces)
+            if number > 1 and halting:
+                halts = arena.empty(number, self.chunks.sequences, heads, k, v, dtype=torch.float32)
+            return Kept(prepared, prepared.total, prepared.total, halts)
+        flows = arena.empty(cut.flows, heads, k, v + k if self.tied else v, dtype=torch.float32)
+        return Kept(prepared, flows, arena.empty(cut.layout.sequences, heads, k, v, dtype=torch.float32), None)
 
     def scratch(self, arena: Arena) -> Scratch:
         """The arrays of the backward pass that do not outlive it."""
@@ -143,10 +126,9 @@ class Schedule:
         heads, v, k = *value.shape[2:], self.query.shape[3]
         layouts = [piece.layout for group in self.groups for piece in group.pieces]
         layout, count = layouts[0], max(layout.count for layout in layouts)
-        entry_states = innovation = carried = sources = exit_gradients = arena.empty(count, heads, v, k, dtype=dtype)
-        if not self.keeps_states:
-            entry_states = arena.empty(count, heads, v, k, dtype=dtype)
-        if self.tied and not self.overwrites and not self.keeps_states:
+        entry_states = arena.empty(count, heads, v, k, dtype=dtype)
+        innovation = carried = sources = exit_gradients = arena.empty(count, heads, v, k, dtype=dtype)
+        if self.tied and not self.overwrites:
             batch = value.shape[0] if layout.packed else layout.sequences
             # of several sequences R lies as their values do: the piece's first tokens of each are apart
             length = layout.time if batch > 1 else max(layout.length for layout in layouts)

@@ -26,18 +26,6 @@ def cut(monkeypatch):
     delta._SCHEDULES.clear()
 
 
-@pytest.fixture
-def keep(monkeypatch):
-    """The forward pass keeps the entry states of every problem with several value heads a key head."""
-
-    def begin():
-        monkeypatch.setattr(schedule, "HALF_OF_A_CARD", 0)
-        delta._SCHEDULES.clear()
-
-    yield begin
-    delta._SCHEDULES.clear()
-
-
 def inputs_of(batch, time, heads, value_heads, *, initial=True, sizes=(16, 16)):
     drawn = draw(time, heads, value_heads, *sizes, batch=batch, decay="mild", initial=initial)
     return {n: None if x is None else x.float().to(DEVICE) for n, x in drawn.items()}
@@ -134,14 +122,11 @@ def test_packed_sequences_a_run_at_a_time(tied, final, cut, monkeypatch):
         assert torch.equal(found[name], expected), name
 
 
-@pytest.mark.parametrize("keeping", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_nothing_is_read_that_nobody_wrote(tied, keeping, cut, keep, monkeypatch):
+def test_nothing_is_read_that_nobody_wrote(tied, cut, monkeypatch):
     """A workspace full of NaN, whatever the dtype, changes no bit."""
     inputs = inputs_of(2, 130, 1, 2)
     cut()
-    if keeping:
-        keep()
     clean = gradients(inputs, tied=tied, final=False)
 
     def poisoned(self, arena, device):
@@ -152,54 +137,6 @@ def test_nothing_is_read_that_nobody_wrote(tied, keeping, cut, keep, monkeypatch
         assert torch.equal(found, clean[name]), name
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_states_kept_by_the_forward_pass(batch, tied, cut, keep):
-    """The bits of states made again, a sequence and a piece at a time, also where the forward pass has left nothing."""
-    inputs = inputs_of(batch, 130, 1, 2)
-    again = gradients(inputs, tied=tied)
-    cut()
-    keep()
-    found, alone = gradients(inputs, tied=tied), gradients(inputs, tied=tied, alone=True)
-    assert used().keeps_states
-    assert [len(group.pieces) for group in used().groups] == [3] * batch
-    for name, expected in again.items():
-        assert torch.equal(found[name], expected), name
-        assert torch.equal(alone[name], expected), name
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_states_kept_of_packed_sequences(tied, cut, keep, monkeypatch):
-    starts = (0, 0, 70, 100, 164, 164, 200, 201, 201)
-    drawn = draw(starts[-1], 1, 2, 16, 16, decay="mild", initial=True, sequences=len(starts) - 1)
-    inputs = {n: x.float().to(DEVICE) for n, x in drawn.items()}
-    again = gradients(inputs, tied=tied, starts=starts)
-    cut()
-    keep()
-    monkeypatch.setattr(segments, "processors", lambda device: 1)
-    found = gradients(inputs, tied=tied, starts=starts)
-    assert used().keeps_states
-    assert len(used().groups) == 3
-    for name, expected in again.items():
-        assert torch.equal(found[name], expected), name
-
-
-def test_whose_states_are_kept(keep):
-    """Those of grouped heads, where the scans fill the card, and of nobody in segments."""
-
-    def keeps(heads, value_heads, starts=None):
-        query, value = (torch.empty(1, 8192, h, 16, device="meta") for h in (heads, value_heads))
-        chunks = schedule.chunks_of(query, value, None, None)
-        return schedule.Schedule(query, query, value, chunks, True, "triton", True, starts).keeps_states
-
-    assert keeps(16, 67)
-    assert not keeps(16, 66)
-    assert not keeps(67, 67)
-    keep()
-    assert keeps(4, 66)
-    assert not keeps(1, 2)
-
-
 def test_where_it_is_cut():
     states = 2**27
     assert pieces.piece_length(64, states) == 16  # four pieces
@@ -208,9 +145,6 @@ def test_where_it_is_cut():
     assert pieces.piece_length(pieces.FEWEST, states) >= pieces.FEWEST
     assert pieces.piece_length(64, pieces.SMALL) >= 64
     assert pieces.piece_length(2048, 2**32) == 128  # of 4 GiB a sixteenth
-    assert pieces.piece_length(2048, 2**32, kept=True) == 683  # a third
-    assert pieces.piece_length(20, states, kept=True) == pieces.FEWEST
-    assert pieces.piece_length(64, pieces.SMALL, kept=True) >= 64
 
 
 def test_where_a_packed_line_is_cut():
@@ -237,7 +171,7 @@ MIB = 2**20
     [
         (4, 4096, 16, 16, 84, 68, 410),
         (1, 8192, 16, 32, 76, 82, 352),
-        (1, 32768, 16, 64, 2080, 346, 3722),
+        (1, 32768, 16, 64, 560, 644, 2500),
         (16, 4096, 16, 16, 336, 68, 1436),
     ],
 )

@@ -43,27 +43,23 @@ REVERSE = {
 
 
 @pytest.mark.parametrize(
-    ("key_size", "dtype", "tied", "output", "save", "packed", "halt"),
+    ("key_size", "dtype", "tied", "output", "packed", "halt"),
     [
-        (128, "bf16", 1, 1, 0, 0, 0),
-        (128, "bf16", 1, 1, 0, 0, 1),
-        (128, "bf16", 1, 1, 0, 1, 0),
-        (128, "bf16", 1, 1, 1, 0, 0),
-        (128, "bf16", 1, 1, 1, 1, 0),
-        (128, "bf16", 1, 0, 1, 1, 0),
-        (128, "bf16", 1, 0, 0, 0, 1),
-        (128, "bf16", 0, 1, 0, 1, 0),
-        (128, "bf16", 0, 1, 0, 0, 1),
-        (128, "bf16", 0, 1, 1, 0, 0),
-        (128, "bf16", 0, 0, 1, 0, 0),
-        (64, "fp16", 1, 1, 0, 1, 0),
-        (64, "fp16", 1, 1, 0, 0, 1),
-        (64, "fp16", 1, 1, 1, 1, 0),
+        (128, "bf16", 1, 1, 0, 0),
+        (128, "bf16", 1, 1, 0, 1),
+        (128, "bf16", 1, 1, 1, 0),
+        (128, "bf16", 1, 0, 1, 0),
+        (128, "bf16", 1, 0, 0, 1),
+        (128, "bf16", 0, 1, 1, 0),
+        (128, "bf16", 0, 1, 0, 1),
+        (128, "bf16", 0, 0, 0, 0),
+        (64, "fp16", 1, 1, 1, 0),
+        (64, "fp16", 1, 1, 0, 1),
     ],
 )
-def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, save, packed, halt):
+def test_forward_compiles(compile_for_hopper, key_size, dtype, tied, output, packed, halt):
     constants = {
-        "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": output, "SAVE": save,
+        "K": key_size, "STAGES": 3, "SOLVE": tied, "OUTPUT": output, "SAVE": int(not output and not halt),
         "INITIAL": packed or halt, "FINAL": output, "FLOW": 0, "HALT": halt, "OWNED": packed, "PACKED": packed,
     }  # fmt: skip
     types = signature(FORWARD, ["initial_state", "final_state", "halts"], key_size, dtype) | {"halt": "i32"}
