@@ -42,8 +42,8 @@ PROGRAMS = 4096  # enough for any device: most chunks need nothing of what they 
 
 
 class Tier(NamedTuple):
-    """What launches the kernel, for how many channels at a time (in more than 16 bits or not), and whether it forms the gradients of the Gram
-    matrices (``pairs.py``) itself."""
+    """What launches the kernel, for how many channels at a time (of more than 16 bits or not), and whether it forms the
+    gradients of the Gram matrices (``pairs.py``) itself."""
 
     launch: Callable[..., None]
     width: Callable[[Layout, bool], int]
