@@ -1,5 +1,7 @@
 """Rows of every kind on the portable kernels: output, final state and all gradients against float64, packed or not."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton")
 
 import parallelflow as pf
 from parallelflow.kernels.rows import engine
+from parallelflow.kernels.rows.pull import pull
 from parallelflow.testing import Sizes, relative_error
 from tests.cases import MODELS, by_name, gradients, require_grad
 
@@ -127,6 +130,15 @@ def test_every_floor(name, backend, monkeypatch):
     compare(model, Sizes(1, 150, 1, 1, size, size, model.rows), torch.bfloat16, backend=backend,
             change=lambda inputs: of_three_strengths(inputs["log_decay"]))  # fmt: skip
     assert all(found.floors.tolist() == [64, 16, 1] for found in floors)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_strong_chunks_that_share_a_program(programs, monkeypatch):
+    """Programs for few of the strong chunks each, or for all of them: three or six chunks of which a third is not."""
+    monkeypatch.setattr(sys.modules[pull.__module__], "PROGRAMS", programs)
+    model = next(model for model in ROWS if model.name == "kimi_delta_attention")
+    compare(model, Sizes(1, 150, 1, 2, 16, 16, model.rows), torch.bfloat16,
+            change=lambda inputs: of_three_strengths(inputs["log_decay"]))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["kimi_delta_attention", "rwkv7", "gated_linear_attention"])

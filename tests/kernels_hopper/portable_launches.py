@@ -1,7 +1,7 @@
 """Compile for Hopper, without a GPU, every kernel that a forward and backward pass of the portable tier launches.
 
 Run as a program, since Triton's interpreter, which other tests need, is chosen for a whole process.  Prints a line per
-kernel: its name, and the instructions that read a register which nothing has written.
+kernel: its name, and the instructions that read a register which nothing has written, or a wrong one.
     python portable_launches.py K,V,H,HV,tied,dtype,cut ...      (cut: whether the sequence is, into segments)
 """
 
@@ -14,7 +14,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from launches import compile_as_launched
-from machine_code import disassemble, reads_of_unwritten
+from machine_code import crossed_descriptors, disassemble, reads_of_unwritten
 from triton.runtime.jit import JITFunction
 
 from parallelflow.kernels import delta, launch, segments
@@ -29,7 +29,8 @@ def compile_launch(kernel, *arguments, grid=None, warmup=False, **named):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
-        print(kernel.__name__, *reads_of_unwritten(disassemble(Path(binary.name))), sep=" | ", flush=True)
+        code = disassemble(Path(binary.name))
+        print(kernel.__name__, *reads_of_unwritten(code), *crossed_descriptors(code), sep=" | ", flush=True)
 
 
 def passes(key_dim, value_dim, heads, value_heads, tied, dtype):

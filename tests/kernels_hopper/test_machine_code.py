@@ -1,4 +1,5 @@
-"""No kernel reads a register that nothing has written: what ptxas 12.8 once made of the products of 32 channels."""
+"""No kernel reads a register that nothing has written, or one with something else: what ptxas 12.8 once made of
+products of 32 channels."""
 
 import os
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from machine_code import reads_of_unwritten
+from machine_code import crossed_descriptors, reads_of_unwritten
 
 CASES = ["32,32,1,1,1,bf16,0", "32,32,1,2,0,fp16,1", "64,64,1,1,1,bf16,0", "128,64,1,1,1,bf16,1"]
 
@@ -31,6 +32,29 @@ FAULTY = """
 def test_reads_of_unwritten_registers_are_found():
     places = [line.split()[0] for line in reads_of_unwritten(FAULTY)]
     assert places == ["07f0", "0840", "0850", "0860"]
+
+
+CROSSED = """
+        /*0100*/                   ULDC UR18, c[0x0][0x2d8] ;
+        /*0110*/                   USHF.R.U32.HI UR16, URZ, 0x4, UR60 ;
+        /*0120*/                   UMOV UR4, UR16 ;
+        /*0130*/                   UMOV UR5, 0x40000040 ;
+        /*0140*/                   UMOV UR6, UR16 ;
+        /*0150*/                   UMOV UR7, 0x80000020 ;
+        /*0160*/                   HGMMA.64x32x16.F32.BF16 R72, gdesc[UR4].tnspB, R72 ;
+        /*0170*/                   UIADD3 UR8, UP0, UR16, 0x2, URZ ;
+        /*0180*/                   UIADD3.X UR9, URZ, 0x40000040, URZ, UP0, !UPT ;
+        /*0190*/                   UIADD3 UR10, UP1, UR18, 0x40, URZ ;
+        /*01a0*/                   UIADD3.X UR11, UR18, -0x7fffffe0, URZ, UP1, !UPT ;
+        /*01b0*/                   HGMMA.64x32x16.F32.BF16 R72, gdesc[UR8].tnspB, R72 ;
+        /*01c0*/                   UIADD3.64 UR12, UR8, 0x2, URZ ;
+        /*01d0*/                   UIADD3.64 UR14, UR6, 0x40, URZ ;
+        /*01e0*/                   HGMMA.64x32x16.F32.BF16 R72, gdesc[UR12].tnspB, R72, gsb0 ;
+"""
+
+
+def test_descriptors_that_were_added_to_something_else_are_found():
+    assert [line.split()[0] for line in crossed_descriptors(CROSSED)] == ["01b0"]
 
 
 def compiled(program, case):

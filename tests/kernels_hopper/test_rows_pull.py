@@ -55,8 +55,8 @@ def pulled(layout, chunks, arrays, floors, scale):
     total = None
     return pull.pull(
         arrays.query, arrays.read, arrays.write, arrays.lone, arrays.log_decay, arrays.solution, arrays.given,
-        arrays.d_source, arrays.d_output, arrays.entries, arrays.exits, total, floors, Pairs(None, None, None, None),
-        layout, chunks, scale, rows_pull.HOPPER)  # fmt: skip
+        arrays.d_source, arrays.d_output, arrays.entries, arrays.exits, total, floors,
+        Pairs(None, None, None, None, None, None), layout, chunks, scale, rows_pull.HOPPER)  # fmt: skip
 
 
 STRENGTH = {NO_DECAY: 0.0, SCALAR_DECAY: 30.0, VECTOR_DECAY: 0.02}  # a chunk's are centred to e^{±1} in float16

@@ -49,7 +49,7 @@ def serves(layout: Layout, chunks: Chunks, read: Factor | None) -> bool:
     )
 
 
-def channels(layout: Layout) -> int:
+def channels(layout: Layout, full: bool) -> int:
     """Channels of the keys in a program."""
     return CHANNELS
 
@@ -62,7 +62,7 @@ def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants:
            scale: float) -> None:  # fmt: skip
     """All chunks but those too strong to be centred; ``arrays`` and ``constants`` are those of the portable kernel."""
     (query, vector, coefficient, write, lone_write, log_decay, solution, given, d_source, d_output, entry_states,
-     exit_gradients, _, floors, _, _, _, _, *gradients, table, time, per_sequence) = arrays  # fmt: skip
+     exit_gradients, _, floors, _, _, _, _, _, _, *gradients, table, time, per_sequence) = arrays  # fmt: skip
     square = blocks(entry_states, CHANNELS, CHANNELS)  # stands in for descriptors that are not read
 
     def tiles(tensor: Tensor | None) -> Descriptor:

@@ -34,24 +34,36 @@ def places(ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def lying(first, length, head, column, ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr,
+          HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Where rows of a value head lie in ``[tokens, COUNT, HEADS, D]``: the first one, the others from it in 32 bits,
+    and which there are."""
+    token, place = places(ROWS, COUNT)
+    start = (first * COUNT * HEADS + head // (HV // HEADS)) * D
+    at = ((token * COUNT + place) * (HEADS * D))[:, None] + column[None, :]
+    there = token < length.to(tl.int32)
+    if (COUNT & (COUNT - 1)) != 0:
+        there = there & (place < COUNT)
+    inside = there[:, None]
+    if column.shape[0] * (D // column.shape[0]) != D:  # tiles of columns start at multiples of their width
+        inside = inside & (column < D)[None, :]
+    return start, at, inside
+
+
+@triton.jit
 def load_rows(base, first, length, head, column, ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr,
               HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """Rows ``[ROWS, columns]`` of ``[tokens, COUNT, HEADS, D]`` for a value head, 0 where there is none."""
-    token, place = places(ROWS, COUNT)
-    own = head // (HV // HEADS)
-    at = ((first + token) * COUNT + place) * HEADS + own
-    inside = ((token < length) & (place < COUNT))[:, None] & (column < D)[None, :]
-    return tl.load(base + at[:, None] * D + column[None, :], mask=inside, other=0.0)
+    start, at, inside = lying(first, length, head, column, ROWS, COUNT, HV, HEADS, D)
+    return tl.load(base + start + at, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_rows(base, rows, first, length, head, column, ROWS: tl.constexpr, COUNT: tl.constexpr, HV: tl.constexpr,
                D: tl.constexpr):  # fmt: skip
     """Rows to ``[tokens, COUNT, HV, D]``."""
-    token, place = places(ROWS, COUNT)
-    at = ((first + token) * COUNT + place) * HV + head
-    inside = ((token < length) & (place < COUNT))[:, None] & (column < D)[None, :]
-    tl.store(base + at[:, None] * D + column[None, :], rows.to(base.dtype.element_ty), mask=inside)
+    start, at, inside = lying(first, length, head, column, ROWS, COUNT, HV, HV, D)
+    tl.store(base + start + at, rows.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,8 +71,25 @@ def load_weights(coefficient, first, length, head, ROWS: tl.constexpr, COUNT: tl
                  HEADS: tl.constexpr):  # fmt: skip
     """One number a row, ``[tokens, COUNT, HEADS]``, for a value head, in float32; 0 where there is none."""
     token, place = places(ROWS, COUNT)
-    at = ((first + token) * COUNT + place) * HEADS + head // (HV // HEADS)
-    return tl.load(coefficient + at, mask=(token < length) & (place < COUNT), other=0.0).to(tl.float32)
+    start = first * COUNT * HEADS + head // (HV // HEADS)
+    at = (token * COUNT + place) * HEADS
+    inside = (token < length.to(tl.int32)) & (place < COUNT)
+    return tl.load(coefficient + start + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def times_coefficient(rows, coefficient, first, length, head, column, ROWS: tl.constexpr, COUNT: tl.constexpr,
+                      HV: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr,
+                      D: tl.constexpr):  # fmt: skip
+    """``sign · coefficient · rows`` of a value head, in float32."""
+    rows = rows.to(tl.float32)
+    if KIND == 1:
+        rows *= load_weights(coefficient, first, length, head, ROWS, COUNT, HV, HEADS)[:, None]
+    if KIND == 2:
+        rows *= load_rows(coefficient, first, length, head, column, ROWS, COUNT, HV, HEADS, D).to(tl.float32)
+    if SIGN == -1:
+        rows = -rows
+    return rows
 
 
 @triton.jit
@@ -68,25 +97,16 @@ def load_factor(vector, coefficient, first, length, head, column, ROWS: tl.const
                 HV: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, COEFFICIENT_HEADS: tl.constexpr,
                 SIGN: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """``sign · coefficient · vector`` of a value head's rows, in float32."""
-    rows = load_rows(vector, first, length, head, column, ROWS, COUNT, HV, HEADS, D).to(tl.float32)
-    if KIND == 1:
-        rows *= load_weights(coefficient, first, length, head, ROWS, COUNT, HV, COEFFICIENT_HEADS)[:, None]
-    if KIND == 2:
-        rows *= load_rows(coefficient, first, length, head, column, ROWS, COUNT, HV, COEFFICIENT_HEADS,
-                          D).to(tl.float32)  # fmt: skip
-    if SIGN == -1:
-        rows = -rows
-    return rows
+    rows = load_rows(vector, first, length, head, column, ROWS, COUNT, HV, HEADS, D)
+    return times_coefficient(rows, coefficient, first, length, head, column, ROWS, COUNT, HV, KIND, COEFFICIENT_HEADS,
+                             SIGN, D)  # fmt: skip
 
 
 @triton.jit
 def load_channel_decays(log_decay, first, length, head, column, Q: tl.constexpr, HV: tl.constexpr,
                         K: tl.constexpr):  # fmt: skip
     """Decays of a chunk's tokens in units of log 2, 0 where there is none. One under -800 counts as -800."""
-    token = tl.arange(0, Q)
-    at = (first + token) * HV + head
-    found = tl.load(log_decay + at[:, None] * K + column[None, :],
-                    mask=(token < length)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+    found = load_rows(log_decay, first, length, head, column, Q, 1, HV, HV, K).to(tl.float32)
     return tl.where(found < -800.0, -800.0, found) * LOG2_E
 
 
@@ -122,6 +142,20 @@ def from_middle(decays, token, level, RAW: tl.constexpr):
     s = tl.arange(0, decays[0].shape[0])[None, :]
     up_to = s < t if RAW else s <= t
     return weighted(tl.where((t ^ s) >> level == 0, tl.where(up_to, 0.5, -0.5), 0.0), decays)
+
+
+@triton.jit
+def sums_to(triangle, token, parts):
+    """Sums of rows up to each token of ``token``, of rows in three ``parts``, one a token; ``triangle [64, 64]`` has
+    ones on and below the diagonal."""
+    s = tl.arange(0, parts[0].shape[0])[None, :]
+    return weighted(tl.load(triangle + token[:, None] * 64 + s, mask=token[:, None] >= 0, other=0.0), parts)
+
+
+@triton.jit
+def sums_from(ones, rows):
+    """Sums of rows over each one and all after it; ``ones`` on and below the diagonal."""
+    return weighted(tl.trans(ones), in_three(rows))
 
 
 @triton.jit

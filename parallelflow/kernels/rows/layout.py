@@ -17,6 +17,7 @@ from parallelflow.problem import Inputs, Traits, sizes_of
 NO_DECAY, SCALAR_DECAY, VECTOR_DECAY = range(3)
 SMALLEST_TILE = 16  # rows of a matrix product
 WHOLE, MIDDLE, FINEST = 64, 16, 1  # floors (factors.py): tokens of a block that is centred, 64 for the whole chunk
+MOST_CHUNKS = 16  # that a program looks at for strong decays
 NARROW = 16  # channels at a time where decays are strong: every block size has factors of its own
 
 

@@ -4,11 +4,13 @@ channel:
     d_gram = dU X^T,   d_scores = dO X^T,   d_lone_gram = dU u^T,   d_lone_scores = dO u^T,
 
 each where its matrix is not zero by construction; or of those chunks alone whose decays are too strong to be centred,
-where who pulls the others back forms these himself.
+where who pulls the others back forms these himself. Where decays come between tokens, the pairs of a row and the query
+of its own token, to which none comes, are kept apart (``own``, ``lone_own``).
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,19 +20,22 @@ from parallelflow.kernels.launch import bind
 from parallelflow.kernels.prepare import decay_between
 from parallelflow.kernels.products import float32_precision
 from parallelflow.kernels.rows.factors import load_rows, places, token_sums
-from parallelflow.kernels.rows.layout import WHOLE, Layout, heads_of, width_of
+from parallelflow.kernels.rows.layout import NO_DECAY, WHOLE, Layout, heads_of, width_of
 from parallelflow.kernels.rows.prepare import sizes
 
 WHOLE_CHUNK = tl.constexpr(WHOLE)
 
 
 class Pairs(NamedTuple):
-    """Of each chunk and value head, in the inputs' dtype; None where there is no such pair."""
+    """Of each chunk and value head, in the inputs' dtype, ``own`` and ``lone_own`` (``[N]`` and ``[M]``) in float32;
+    None where there is no such pair."""
 
     gram: Tensor | None
     scores: Tensor | None
     lone_gram: Tensor | None
     lone_scores: Tensor | None
+    own: Tensor | None
+    lone_own: Tensor | None
 
 
 @triton.jit
@@ -46,8 +51,16 @@ def store_pairs(base, flat, pairs, keep, late_high, late_low, early_high, early_
     tl.store(base + flat * (ROWS * COLUMNS) + at, pairs.to(base.dtype.element_ty))
 
 
+@triton.jit
+def store_own(base, flat, pairs, late, early):
+    """Of each early row the pair with the one late row of its token."""
+    own = tl.sum(tl.where(late[:, None] == early[None, :], pairs, 0.0), 0)
+    tl.store(base + flat * early.shape[0] + tl.arange(0, early.shape[0]), own)
+
+
 @triton.jit(do_not_specialize=["time", "per_sequence"])
-def pairs_kernel(solution, given, d_source, d_output, log_decay, floors, gram, scores, lone_gram, lone_scores,
+def pairs_kernel(solution, given, d_source, d_output, log_decay, floors, gram, scores, lone_gram, lone_scores, own,
+                 lone_own,
                  table, time, per_sequence,
                  C: tl.constexpr, R: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
                  M: tl.constexpr, Q: tl.constexpr,
@@ -99,7 +112,11 @@ def pairs_kernel(solution, given, d_source, d_output, log_decay, floors, gram, s
         if SEQUENTIAL:
             before = before | ((n_token[:, None] == n_token[None, :]) & (n_place[:, None] > n_place[None, :]))
         store_pairs(gram, flat, g, before, a_high, a_low, b_high, b_low, DECAY)
-        store_pairs(scores, flat, p, q_token[:, None] >= n_token[None, :], q_high, q_low, b_high, b_low, DECAY)
+        since = q_token[:, None] >= n_token[None, :]
+        if DECAY > 0:
+            store_own(own, flat, p, q_token, n_token)
+            since = q_token[:, None] > n_token[None, :]
+        store_pairs(scores, flat, p, since, q_high, q_low, b_high, b_low, DECAY)
     if L > 0:
         m_token, m_place = places(M, L)
         l_high = tl.zeros([M], tl.float32)
@@ -107,6 +124,9 @@ def pairs_kernel(solution, given, d_source, d_output, log_decay, floors, gram, s
         if DECAY == 1:
             l_high, l_low, end = token_sums(log_decay, first, length, head, M, L, False, HV)
         since = q_token[:, None] >= m_token[None, :]
+        if DECAY > 0:
+            store_own(lone_own, flat, p_lone, q_token, m_token)
+            since = q_token[:, None] > m_token[None, :]
         store_pairs(lone_scores, flat, p_lone, since, q_high, q_low, l_high, l_low, DECAY)
         if R > 0:
             before = n_token[:, None] > m_token[None, :]
@@ -118,7 +138,7 @@ def pairs(solution: Tensor | None, given: Tensor | None, d_source: Tensor | None
           strong_alone: bool) -> Pairs:  # fmt: skip
     """The gradients above, for contiguous arrays in the token's layout."""
     if strong_alone and floors is None:
-        return Pairs(None, None, None, None)
+        return Pairs(None, None, None, None, None, None)
     count, R, L = chunks.count * layout.value_heads, layout.R, layout.L
 
     def vacant(rows: int, columns: int, there: bool) -> Tensor | None:
@@ -127,6 +147,8 @@ def pairs(solution: Tensor | None, given: Tensor | None, d_source: Tensor | None
     found = Pairs(
         vacant(layout.N, layout.N, R > 0), vacant(layout.Q, layout.N, R > 0),
         vacant(layout.N, layout.M, R > 0 and L > 0), vacant(layout.Q, layout.M, L > 0),
+        *(d_output.new_empty(count, rows, dtype=torch.float32) if rows and layout.decay != NO_DECAY else None
+          for rows in (layout.N, layout.M)),
     )  # fmt: skip
     if count:
         launch = bind(

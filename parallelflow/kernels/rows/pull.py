@@ -13,6 +13,7 @@ decay of its own, the slopes are formed of the very operands, rounded, that the 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,21 +22,32 @@ from torch import Tensor
 
 from parallelflow.kernels.chunks import Chunks
 from parallelflow.kernels.launch import bind
-from parallelflow.kernels.products import float32_precision
-from parallelflow.kernels.rows.layout import NARROW, NO_DECAY, VECTOR_DECAY, Factor, Layout, heads_of, width_of
+from parallelflow.kernels.products import float32_precision, shared_memory
+from parallelflow.kernels.rows.layout import (
+    MOST_CHUNKS,
+    NARROW,
+    NO_DECAY,
+    VECTOR_DECAY,
+    Factor,
+    Layout,
+    heads_of,
+    width_of,
+)
 from parallelflow.kernels.rows.pairs import Pairs
 from parallelflow.kernels.rows.prepare import of_factor, sizes
 from parallelflow.kernels.rows.pull_kernel import pull_kernel
 from parallelflow.kernels.rows.pull_strong import pull_strong_kernel
 from parallelflow.kernels.rows.sums import summed, zeros
 
+PROGRAMS = 4096  # enough for any device: most chunks need nothing of what they are for
+
 
 class Tier(NamedTuple):
-    """What launches the kernel, for how many channels at a time, and whether it forms the gradients of the Gram
-    matrices (``pairs.py``) itself."""
+    """What launches the kernel, for how many channels at a time (of more than 16 bits or not), and whether it forms the
+    gradients of the Gram matrices (``pairs.py``) itself."""
 
     launch: Callable[..., None]
-    width: Callable[[Layout], int]
+    width: Callable[[Layout, bool], int]
     forms_pairs: bool
 
 
@@ -53,20 +65,33 @@ class Pulled(NamedTuple):
     log_decay: Tensor | None
 
 
+@lru_cache(maxsize=16)
+def triangle(device: torch.device) -> Tensor:
+    """Ones on and below the diagonal."""
+    return torch.ones(64, 64, dtype=torch.bfloat16, device=device).tril()
+
+
 def launch(count: int, arrays: tuple, layout: Layout, chunks: Chunks, constants: dict, tokens: int,
            scale: float) -> None:  # fmt: skip
     """The portable kernel on ``count`` chunks and value heads."""
-    # Few waits where a tile holds all values of the usual heads; tiles of 64 were seen to fail on Hopper.
-    values = 128 if arrays[0].element_size() == 2 and layout.V > 64 else 32
-    width = channels(layout)
+    query = arrays[0]
+    full = query.element_size() > 2
+    # Two warps take no descriptors: of narrow tiles ptxas 12.8 gets those wrong (docs/performance/rows.md).
+    narrow = min(layout.K, layout.V) <= 32
+    options = {"BV": width_of(layout.V, 32), "num_warps": 2 if narrow else 4}
+    # Where shared memory is short, tiles do not wait in it.
+    options["num_stages"] = 1 if full or shared_memory(query.device) < 160_000 else 3
+    if layout.decay == VECTOR_DECAY and not full and not narrow and layout.R + layout.L == 1:
+        options["maxnreg"] = 168  # three programs on a multiprocessor; with two rows a token too much would be spilled
+    width = channels(layout, full)
     tiles = triton.cdiv(layout.K, width)
-    bound = bind(pull_kernel, **constants, BK=width, TILES=tiles, BV=width_of(layout.V, values))
-    bound(count * tiles, *arrays, tokens, scale)
+    bound = bind(pull_kernel, **constants, **options, BK=width, TILES=tiles, BO=width_of(layout.V, 128))
+    bound(count * tiles, *arrays, tokens, scale, triangle(query.device))
 
 
-def channels(layout: Layout) -> int:
+def channels(layout: Layout, full: bool) -> int:
     """Channels of the keys in a program."""
-    return width_of(layout.K, 32)
+    return width_of(layout.K, 64 if layout.decay == NO_DECAY and not full else 32)
 
 
 PORTABLE = Tier(launch, channels, False)
@@ -81,7 +106,7 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
     batch, time = query.shape[:2]
     heads, R, L = layout.value_heads, layout.R, layout.L
     strong = layout.decay == VECTOR_DECAY  # may be: what a chunk needs is known on the device alone
-    width = tier.width(layout)
+    width = tier.width(layout, query.element_size() > 2)
     tiles, narrow_tiles = triton.cdiv(layout.K, width), triton.cdiv(layout.K, NARROW)
 
     def vacant(rows: int, own: int) -> Tensor:
@@ -111,14 +136,15 @@ def pull(query: Tensor, read: Factor | None, write: Tensor | None, lone_write: T
         **sizes(layout), "LEVELS": layout.levels, "H": layout.heads, "HV": heads, "K": layout.K, "V": layout.V,
         "DECAY": layout.decay, "RAW": layout.raw, "SEQUENTIAL": layout.sequential, **of_factor("READ", read),
         "WRITE_HEADS": heads_of(write), "LONE_HEADS": heads_of(lone_write), "GIVEN_HEADS": heads_of(given),
-        "TIED": tied, "PACKED": chunks.packed, "PRECISION": float32_precision(query.device), "num_warps": 4,
-        "num_stages": 1,
+        "TIED": tied, "PACKED": chunks.packed, "PRECISION": float32_precision(query.device),
     }  # fmt: skip
     if count:
         tier.launch(count, arrays, layout, chunks, constants, batch * time, scale)
     if count and strong:
-        launch = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32))
-        launch(count * narrow_tiles, *arrays, batch * time, scale)
+        bound = bind(pull_strong_kernel, **constants, BK=NARROW, TILES=narrow_tiles, BV=width_of(layout.V, 32),
+                     num_warps=4, num_stages=1)  # fmt: skip
+        share = min(max(count * narrow_tiles // PROGRAMS, 1), MOST_CHUNKS)
+        bound(triton.cdiv(count, share) * narrow_tiles, *arrays, batch * time, scale, count, share)
     if d_read_coefficient is not None:
         d_read_coefficient = summed(d_read_coefficient, 0, torch.float32)
     if d_log_decay is not None:

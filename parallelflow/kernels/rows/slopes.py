@@ -24,6 +24,17 @@ def meets(pairs, keep):
 
 
 @triton.jit
+def of_others(pairs, token):
+    """Pairs of rows of one family, of different tokens alone."""
+    return meets(pairs, token[:, None] != token[None, :])
+
+
+@triton.jit
+def of_one_token(pairs, token):
+    return meets(pairs, token[:, None] == token[None, :])
+
+
+@triton.jit
 def from_here_on(token, rows, STRICT: tl.constexpr, Q: tl.constexpr):
     """Sums of rows over all later tokens, and the own one unless STRICT: [rows, columns] -> [Q, columns]."""
     here = tl.arange(0, Q)[:, None]
@@ -51,12 +62,29 @@ def sums_from_here_on(token, values, STRICT: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def through_own(sums, pairs, rows, to, of, COUNT: tl.constexpr, PRECISION: tl.constexpr):
-    """``sums`` and what comes from ``rows`` of the same token, each row's of ``to``, of ``of``; COUNT: rows
-    a token of the family that may have several."""
-    own = meets(pairs, to[:, None] == of[None, :])
+def load_own(base, flat, ROWS: tl.constexpr):
+    """Of each row the pair with its token's query."""
+    return tl.load(base + flat * ROWS + tl.arange(0, ROWS))
+
+
+@triton.jit
+def own_to_queries(sums, own, rows, q_token, token, COUNT: tl.constexpr, PRECISION: tl.constexpr):
+    """``sums`` of queries and what comes through pairs of one token, ``own`` for each of ``rows``, COUNT a token."""
     if COUNT == 1:
-        sums += tl.sum(own.to(tl.float32), 1)[:, None] * rows
+        sums += own[:, None] * rows
     else:
-        sums = onto(sums, own, rows, PRECISION)
+        pairs = tl.where(q_token[:, None] == token[None, :], own[None, :], 0.0)
+        sums = onto(sums, pairs.to(rows.dtype), rows, PRECISION)
+    return sums
+
+
+@triton.jit
+def own_to_rows(sums, own, queries, q_token, token, COUNT: tl.constexpr, PRECISION: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
+    """``sums`` of rows, COUNT a token, and what comes through the pairs ``own`` with the queries of their tokens."""
+    if COUNT == 1:
+        sums += own[:, None] * queries
+    else:
+        pairs = tl.where(token[:, None] == q_token[None, :], own[:, None], 0.0)
+        sums = onto(sums, pairs.to(DTYPE), queries, PRECISION)
     return sums
