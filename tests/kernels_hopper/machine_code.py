@@ -116,7 +116,7 @@ class Registers:
 
 def crossed_descriptors(code: str) -> list[str]:
     """The matrix products with a descriptor whose upper word, which says how the operand lies and is known while
-    compiling, was added to something unknown."""
+    compiling, was added to what its lower word was added to."""
     registers, found = Registers(), []
     for place, predicate, name, operands in INSTRUCTION.findall(code):
         descriptor = DESCRIPTOR.match(operands)
@@ -125,7 +125,7 @@ def crossed_descriptors(code: str) -> list[str]:
             continue
         first = int(descriptor[2])
         for low in (first + 2,) if descriptor[1] else (first, first + 2):
-            high = registers.read(f"UR{low + 1}")
-            if high.unknown and high.number:
+            lower, high = (registers.read(f"UR{low + word}") for word in (0, 1))
+            if high.number and high.unknown and high.unknown == lower.unknown:
                 found.append(f"{place} {name} {operands}".strip())
     return found
