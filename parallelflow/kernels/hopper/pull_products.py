@@ -13,7 +13,7 @@ def fetch_values(descriptor, tiles, ready, first, length, column, C: gl.constexp
                  PARTS: gl.constexpr):  # fmt: skip
     """A chunk's rows, 64 columns a tile."""
     for p in gl.static_range(PARTS):
-        fetch_rows(descriptor, tiles.index(p), ready, first, first + length, 0, column + p * 64, C, COUNT, 64)
+        fetch_rows(descriptor, tiles.index(p), ready, first, first + length, 0, column + p * 64, True, C, COUNT, 64)
 
 
 @gluon.jit
