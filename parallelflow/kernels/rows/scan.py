@@ -85,7 +85,7 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
         state = tl.load(initial + whole + across, mask=inside & (starting >= 0), other=0.0)
     else:
         state = tl.zeros([BV, BK], tl.float32)
-    if UNIT:  # channels beyond V: all that is loaded for them is zero
+    if UNIT:  # channels beyond V, which have neither U nor given
         unit = (tile - tiles) * BV + tl.arange(0, BV)
         state = tl.where((tile >= tiles) & (unit[:, None] == column[None, :]), 1.0, state)
         time_here = tl.where((tile >= tiles) & (starting >= 0), 0, time_here)
@@ -95,19 +95,20 @@ def scan_kernel(reads, writes, says, gives, inverse, couple, own, through, total
         step = steps - 1 - count if REVERSE else count
         first = begin + step * C
         length = tl.minimum(time_here - step * C, C)
+        valued = tl.where(tile < tiles, length, 0) if UNIT else length  # tokens whose values are there
         flat = (chunk + step).to(tl.int64) * HV + head
         entering = state.to(DTYPE)
         if SAVE:
             saved = channel[:, None] * K + column[None, :]
             tl.store(states + flat * K * V + saved, entering, mask=inside)
         if GIVING > 0:
-            u = load_rows(given, first, length, head, channel, G, GIVING, HV, GIVEN_HEADS, V)
+            u = load_rows(given, first, valued, head, channel, G, GIVING, HV, GIVEN_HEADS, V)
             u = tl.trans(u)
         if R > 0:
             a = load_rows(reads, first, length, head, column, N, R, HV, HV, K)
             x = tl.dot(entering, tl.trans(a), input_precision=PRECISION)
             if SOURCE:
-                v = load_factor(source, source_coefficient, first, length, head, channel, N, R, HV, SOURCE_HEADS,
+                v = load_factor(source, source_coefficient, first, valued, head, channel, N, R, HV, SOURCE_HEADS,
                                 SOURCE_KIND, SOURCE_COEFFICIENT_HEADS, SOURCE_SIGN, V)  # fmt: skip
                 x += tl.trans(v)
             if GIVING > 0:
