@@ -104,7 +104,8 @@ def gpu_table(result: Result) -> str:
     note = (
         f"One {result['card']}, bfloat16, K = V = 128 unless said, {versions(result)}; copy "
         f"{ceilings['copy_gb_s'] / 1000:.2f} TB/s, bf16 matrix product {ceilings['bf16_tflop_s']:.0f} TFLOP/s. "
-        f"× is a library's time over ParallelFlow's.{other}"
+        "× is a library's time over ParallelFlow's. The first gradient, from empty caches, is made by all processes at "
+        f"once.{other}"
     )
     modes = {row.get("batch_invariant") for row in result["rows"] if row["library"] == OURS}
     if modes == {True}:
