@@ -57,6 +57,12 @@ class Inputs(NamedTuple):
             done.append(slot)
         return Inputs(*tensors)  # type: ignore[arg-type]
 
+    def contiguous(self) -> Inputs:
+        """The same, each tensor contiguous."""
+        if all(tensor is None or tensor.is_contiguous() for tensor in self):
+            return self
+        return self.each(range(len(self)), Tensor.contiguous)
+
     def stacked(self) -> Inputs:
         """The same with the R axis everywhere."""
         return self.each(self.single(), lambda tensor: tensor.unsqueeze(2))

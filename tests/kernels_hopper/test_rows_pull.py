@@ -73,28 +73,7 @@ def where(layout, packed):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    known = {}
-
-    def noting(make):
-        def made(tensor, *sizes):
-            found = make(tensor, *sizes)
-            known[id(found)] = roles_on_cpu.Descriptor(found, tensor)
-            return found
-
-        return made
-
-    def bound(kernel, **constants):
-        def launch(programs, *arguments):
-            arguments = [known.get(id(argument), argument) for argument in arguments]
-            named = dict(zip(kernel.arg_names, arguments, strict=False))
-            options = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            roles_on_cpu.run(kernel, programs, named | options)
-
-        return launch
-
-    for name in ("rows", "places", "blocks"):
-        monkeypatch.setattr(rows_pull, name, noting(getattr(rows_pull, name)))
-    monkeypatch.setattr(rows_pull, "bind", bound)
+    roles_on_cpu.take_over(monkeypatch, rows_pull, ("rows", "places", "blocks"))
     monkeypatch.setattr(pull, "bind", lambda kernel, **constants: lambda *arguments: None)  # strong decays
 
 

@@ -32,19 +32,14 @@ from parallelflow.kernels.rows.scan import (
 from parallelflow.kernels.rows.sums import converted
 from parallelflow.kernels.segments import Segments, known_segments, regular_segments
 from parallelflow.kernels.streams import aside, leaves_room, rejoin
-from parallelflow.problem import Inputs, Traits
+from parallelflow.problem import TIES, Inputs, Traits
 
 
 class Rows:
     """A problem as the kernels take it: contiguous tensors, and how they lie."""
 
     def __init__(self, inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str) -> None:
-        kept: dict[int, Tensor] = {}
-
-        def whole(tensor: Tensor | None) -> Tensor | None:  # the same tensor twice stays the same
-            return None if tensor is None else kept.setdefault(id(tensor), tensor.contiguous())
-
-        inputs = Inputs(*map(whole, inputs.stacked()))  # type: ignore[arg-type]
+        inputs = inputs.stacked().contiguous()
         self.inputs, self.traits, self.tier = inputs, traits, tier
         self.layout = layout = Layout.of(inputs, traits)
         batch, time = inputs.query.shape[:2]
@@ -194,12 +189,12 @@ def widened(inputs: Inputs, traits: Traits, tier: str, keep: bool) -> tuple[Tens
 
 def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, saved: list[Tensor],
              d_output: Tensor, d_final: Tensor | None, batch_invariant: bool) -> Inputs:  # fmt: skip
-    """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all."""
+    """Gradients of all inputs, each in its dtype and shape; of what is tied, one of two slots has it all. ``d_output``
+    and ``d_final``, in float32, are contiguous."""
     rows = Rows(inputs, traits, sequence_starts, tier)
     of, layout, chunks = rows.inputs, rows.layout, rows.chunks
     prepared, entered = rows.restored(saved) if saved else (rows.prepare(), [])
-    d_output = d_output.contiguous()
-    d_exit = None if d_final is None else d_final.float().contiguous()
+    d_exit = d_final
     scan = Scan(rows, layout, batch_invariant)
     if not entered:
         entered = scan.enter(prepared, rows.source, rows.given, rows.initial)
@@ -240,12 +235,13 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
         log_decay=pulled.log_decay, initial_state=d_initial,
     )  # fmt: skip
     # A tensor in two slots: added before anything is rounded.
-    for one, other in (("read", "write"), ("read_coefficient", "value_coefficient")):
-        if getattr(inputs, one) is not None and getattr(inputs, one) is getattr(inputs, other):
-            first, second = getattr(gradients, one), getattr(gradients, other)
+    apart: list[Tensor | None] = list(gradients)
+    for slot, other in TIES:
+        if inputs[slot] is not None and inputs[slot] is inputs[other]:
+            first, second = apart[other], apart[slot]
             both = first if second is None else second if first is None else converted(first, torch.float32, second)
-            gradients = gradients._replace(**{one: None, other: both})  # type: ignore[arg-type]
-    gradients = gradients.unstacked(inputs)
+            apart[slot], apart[other] = both, None
+    gradients = Inputs(*apart).unstacked(inputs)  # type: ignore[arg-type]
     return Inputs(*(
         None if gradient is None or given is None else converted(gradient, given.dtype).view(given.shape)
         for gradient, given in zip(gradients, inputs, strict=True)

@@ -46,21 +46,11 @@ class Kind:
         return saved
 
 
-def whole(inputs: Inputs) -> Inputs:
-    """The inputs, contiguous; the same tensor twice stays the same."""
-    if all(tensor is None or tensor.is_contiguous() for tensor in inputs):
-        return inputs
-    kept: dict[int, Tensor] = {}
-    return Inputs(*[
-        None if tensor is None else kept.setdefault(id(tensor), tensor.contiguous()) for tensor in inputs
-    ])  # type: ignore[arg-type]  # fmt: skip
-
-
 def forward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, tier: str, keep: bool,
             need_final_state: bool, batch_invariant: bool, decided: dict[Any, Any] | None,
             ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """``engine.forward``; what is kept may come in one piece. ``decided``: see ``Kind.of``."""
-    inputs = whole(inputs)
+    inputs = inputs.contiguous()
     kind = Kind.of(decided, inputs)
     one, own = kind.one("forward", keep, need_final_state), kind.own(inputs)
 
@@ -83,7 +73,7 @@ def backward(inputs: Inputs, traits: Traits, sequence_starts: list[int] | None, 
              d_output: Tensor, d_final: Tensor | None, batch_invariant: bool,
              decided: dict[Any, Any] | None) -> Inputs:  # fmt: skip
     """``engine.backward``."""
-    inputs, d_output = whole(inputs), d_output.contiguous()
+    inputs, d_output = inputs.contiguous(), d_output.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous()
     kind = Kind.of(decided, inputs)
     one = kind.one("backward", len(saved), d_final is None)
